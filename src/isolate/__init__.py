@@ -1,0 +1,50 @@
+"""isolate: keep AI data away from everyone who does not need it, on machines somebody else runs.
+
+This list is the whole public face; a test pins it. Names are loaded when first used (PEP 562), so that an
+enclave that seals a tensor loads no client, and a client no service.
+
+    >>> import isolate
+    >>> identity = isolate.Identity.generate()
+    >>> str(identity.recipient).startswith("isolate-recipient-")
+    True
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from isolate import errors
+    from isolate.crypto.kem import Identity, Recipient
+    from isolate.crypto.signing import SigningKey, VerifyingKey
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Identity": "isolate.crypto.kem",
+    "Recipient": "isolate.crypto.kem",
+    "SigningKey": "isolate.crypto.signing",
+    "VerifyingKey": "isolate.crypto.signing",
+}
+_MODULES = ("errors",)
+
+__all__ = [
+    "Identity",
+    "Recipient",
+    "SigningKey",
+    "VerifyingKey",
+    "errors",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"isolate.{name}")
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'isolate' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,222 @@
+"""Signatures: Ed25519 everywhere, with ML-DSA-65 beside it where a signature must last (sealed files).
+
+    >>> from isolate.crypto.signing import Purpose, SigningKey
+    >>> key = SigningKey.generate()
+    >>> signature = key.sign(Purpose.GRANT, b"message")
+    >>> key.verifying_key.verify(Purpose.GRANT, b"message", signature)
+    True
+    >>> key.verifying_key.verify(Purpose.POLICY, b"message", signature)
+    False
+
+What is signed is ``b"isolate/v1/" + purpose + b"\\0" + message``: a signature made for one purpose is none for
+another. Ed25519 is verified by libsodium, which refuses the small-order keys that OpenSSL accepts.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import secrets
+from enum import StrEnum
+from pathlib import Path
+from typing import Self
+
+import nacl.bindings
+import nacl.exceptions
+from attrs import frozen
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey, MLDSA65PublicKey
+
+from isolate.crypto.kdf import Label, derive
+from isolate.crypto.secret import Secret
+from isolate.errors import KeyFormatError, StorageError
+
+ED25519_SIGNATURE = 64
+MLDSA65_PUBLIC = 1952
+MLDSA65_SIGNATURE = 3309
+HYBRID_SIGNATURE = ED25519_SIGNATURE + MLDSA65_PUBLIC + MLDSA65_SIGNATURE
+
+_SECRET_PREFIX = "ISOLATE-SIGNING-KEY-"  # noqa: S105 (a prefix, no secret)
+_PUBLIC_PREFIX = "isolate-verify-"
+
+
+class Purpose(StrEnum):
+    """What a signature is made for. One place signs for each, one place verifies."""
+
+    SEALED_DIRECTORY = "sealed/directory"
+    POLICY = "attestation/policy"
+    SERVICE_CERTIFICATE = "service/certificate"
+    RELEASE = "service/release"
+    ENCLAVE_REQUEST = "service/request"
+    OWNER_REQUEST = "service/owner-request"
+    CHECKPOINT = "transparency/checkpoint"
+    CHANNEL_PEER = "channel/peer"
+    CHANNEL_HOLDER = "channel/holder"
+    GRANT = "capability/grant"
+    BLOCK = "capability/block"
+    INVOCATION = "capability/invocation"
+    RECEIPT = "capability/receipt"
+
+
+def _framed(purpose: Purpose, message: bytes) -> bytes:
+    return b"isolate/v1/" + purpose.value.encode() + b"\0" + message
+
+
+def verify(public: bytes, purpose: Purpose, message: bytes, signature: bytes) -> bool:
+    """Whether ``signature`` (64 bytes) is this Ed25519 key's (32 bytes) for this purpose and message."""
+    if len(public) != 32 or len(signature) != ED25519_SIGNATURE:
+        return False
+    try:
+        nacl.bindings.crypto_sign_open(signature + _framed(purpose, message), public)
+    except (nacl.exceptions.CryptoError, ValueError, TypeError):
+        return False
+    return True
+
+
+def to_text(prefix: str, raw: bytes | memoryview) -> str:
+    """``prefix`` and the base64url of ``raw`` with four bytes of its SHA-256, so that a slip is seen."""
+    body = bytes(raw) + hashlib.sha256(prefix.encode() + bytes(raw)).digest()[:4]
+    return prefix + base64.urlsafe_b64encode(body).decode().rstrip("=")
+
+
+def from_text(prefix: str, text: str, size: int, what: str) -> bytes:
+    """The ``size`` bytes behind such a text. Raises KeyFormatError, which never repeats the text."""
+    text = text.strip()
+    if not text.startswith(prefix) or not text.isascii():
+        raise KeyFormatError(f"this is no {what}: it does not begin with {prefix}")
+    body = text[len(prefix) :]
+    try:
+        raw = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        raw = b""
+    if len(raw) != size + 4 or to_text(prefix, raw[:-4]) != text:
+        raise KeyFormatError(f"this {what} is damaged: its length or checksum is wrong")
+    return raw[:-4]
+
+
+def write_key_file(path: str | os.PathLike[str], comment: str, line: str) -> None:
+    """Write a key file that only its owner may read; an existing file is never overwritten."""
+    text = "".join(f"# {part}\n" for part in comment.splitlines()) + line + "\n"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        raise StorageError(f"{os.fspath(path)} exists already", hint="choose another name") from None
+    except OSError as error:
+        raise StorageError(f"cannot write {os.fspath(path)}: {error.strerror}") from None
+
+
+def read_key_file(path: str | os.PathLike[str], what: str) -> str:
+    """The one line of a key file that is no comment. Raises KeyFormatError or StorageError."""
+    try:
+        raw = Path(path).read_bytes()[:65536]
+    except OSError as error:
+        raise StorageError(f"cannot read {os.fspath(path)}: {error.strerror}") from None
+    lines = [line.strip() for line in raw.decode("ascii", errors="replace").splitlines()]
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if len(keys) != 1:
+        raise KeyFormatError(f"{os.fspath(path)} holds no {what}")
+    return keys[0]
+
+
+@frozen
+class VerifyingKey:
+    """The public half: the Ed25519 key (32 bytes), and the SHA-256 of the ML-DSA-65 key (32 bytes).
+
+    The ML-DSA-65 key itself (1952 bytes) travels in each hybrid signature and is checked against the digest, so
+    that this stays short enough to type into a configuration.
+    """
+
+    ed25519: bytes
+    mldsa65_digest: bytes
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``isolate-verify-...``. Raises KeyFormatError."""
+        raw = from_text(_PUBLIC_PREFIX, text, 64, "verifying key")
+        return cls(raw[:32], raw[32:])
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Self:
+        if len(raw) != 64:
+            raise KeyFormatError("a verifying key is 64 bytes")
+        return cls(raw[:32], raw[32:])
+
+    def to_bytes(self) -> bytes:
+        return self.ed25519 + self.mldsa65_digest
+
+    def __str__(self) -> str:
+        return to_text(_PUBLIC_PREFIX, self.to_bytes())
+
+    def verify(self, purpose: Purpose, message: bytes, signature: bytes) -> bool:
+        """Whether ``signature`` is this key's Ed25519 signature (64 bytes)."""
+        return verify(self.ed25519, purpose, message, signature)
+
+    def verify_hybrid(self, purpose: Purpose, message: bytes, signature: bytes) -> bool:
+        """Whether both signatures in ``signature`` (5325 bytes) are this key's."""
+        if len(signature) != HYBRID_SIGNATURE:
+            return False
+        classical = signature[:ED25519_SIGNATURE]
+        public = signature[ED25519_SIGNATURE : ED25519_SIGNATURE + MLDSA65_PUBLIC]
+        lattice = signature[ED25519_SIGNATURE + MLDSA65_PUBLIC :]
+        if hashlib.sha256(public).digest() != self.mldsa65_digest:
+            return False
+        try:
+            MLDSA65PublicKey.from_public_bytes(public).verify(lattice, _framed(purpose, message))
+        except (InvalidSignature, ValueError):
+            return False
+        return self.verify(purpose, message, classical)
+
+
+class SigningKey:
+    """The private half: one seed of 32 bytes, from which both keys are derived."""
+
+    __slots__ = ("_ed25519", "_mldsa65", "_seed", "verifying_key")
+
+    def __init__(self, seed: Secret) -> None:
+        self._seed = seed
+        with derive(seed, Label.SIGNING_ED25519) as classical, derive(seed, Label.SIGNING_MLDSA65) as lattice:
+            self._ed25519 = Ed25519PrivateKey.from_private_bytes(classical.expose())
+            self._mldsa65 = MLDSA65PrivateKey.from_seed_bytes(lattice.expose())
+        public = self._mldsa65.public_key().public_bytes_raw()
+        self.verifying_key = VerifyingKey(
+            self._ed25519.public_key().public_bytes_raw(), hashlib.sha256(public).digest()
+        )
+
+    @classmethod
+    def generate(cls) -> Self:
+        return cls(Secret(secrets.token_bytes(32)))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        return cls(Secret(from_text(_SECRET_PREFIX, text, 32, "signing key")))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a key file as `isolate keygen --signing` writes it. Raises KeyFormatError or StorageError."""
+        return cls.parse(read_key_file(path, "signing key"))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        comment = f"isolate signing key: keep it secret\nverifying key: {self.verifying_key}"
+        write_key_file(path, comment, to_text(_SECRET_PREFIX, self._seed.expose()))
+
+    def sign(self, purpose: Purpose, message: bytes) -> bytes:
+        """An Ed25519 signature, 64 bytes."""
+        return self._ed25519.sign(_framed(purpose, message))
+
+    def sign_hybrid(self, purpose: Purpose, message: bytes) -> bytes:
+        """Both signatures and the ML-DSA-65 public key, 5325 bytes."""
+        public = self._mldsa65.public_key().public_bytes_raw()
+        return self.sign(purpose, message) + public + self._mldsa65.sign(_framed(purpose, message))
+
+    def __repr__(self) -> str:
+        return f"SigningKey({self.verifying_key})"
+
+    def __reduce_ex__(self, protocol: object) -> str | tuple[object, ...]:
+        return self._seed.__reduce_ex__(protocol)
