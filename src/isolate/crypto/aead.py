@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 KEY_SIZE = 32
+# Bytes in one call. OpenSSL's interface counts in 31 bits; one limit for all suites keeps them exchangeable.
+MAX_PLAINTEXT = 2**31 - 1 - 32
 
 
 class Suite(IntEnum):
@@ -67,8 +69,11 @@ def preferred_suite() -> Suite:
 
 
 def as_bytes(buffer: Buffer, *, writable: bool = False) -> memoryview:
-    """A flat view in bytes. Raises UsageError when the buffer is not C-contiguous, or read-only and written to."""
-    view = memoryview(buffer)
+    """A flat view in bytes. Raises UsageError when it is no buffer, not C-contiguous, or not writable as asked."""
+    try:
+        view = memoryview(buffer)
+    except (TypeError, ValueError):
+        raise UsageError(f"a {type(buffer).__name__} gives no buffer of bytes") from None
     if not view.c_contiguous:
         raise UsageError("the buffer is not C-contiguous")
     if writable and view.readonly:
@@ -80,20 +85,32 @@ def as_bytes(buffer: Buffer, *, writable: bool = False) -> memoryview:
 
 
 def _load_sodium() -> tuple[Any, Any] | None:
-    """PyNaCl's cffi module, if it computes a known answer (RFC 10032's AEGIS-256, 256-bit tag, empty message)."""
+    """PyNaCl's cffi module, if it computes a known answer and refuses a wrong one.
+
+    The answer is test vector 1 of RFC 10032's AEGIS-256: 16 zero bytes, tag of 256 bits.
+    """
+    key, nonce = bytes.fromhex("1001" + "00" * 30), bytes.fromhex("10000200" + "00" * 28)
+    known = "754fc3d8c973246dcc6d741412a4b2361181a1d18091082bf0266f66297d167d2e68b845f61a3b0527d31fc7b7b89f13"
+    sealed, opened = bytearray(16 + 32), bytearray(b"x" * 16)
     try:
         from nacl._sodium import ffi, lib
 
-        out = bytearray(16 + 32)
-        key = bytes.fromhex("1001" + "00" * 30)
-        nonce = bytes.fromhex("10000200" + "00" * 28)
+        def opens(text: bytes) -> bool:
+            plain = ffi.from_buffer(opened)
+            status = lib.crypto_aead_aegis256_decrypt(
+                plain, ffi.NULL, ffi.NULL, text, len(text), b"", 0, nonce, key
+            )
+            return bool(status == 0)
+
         lib.crypto_aead_aegis256_encrypt(
-            ffi.from_buffer(out), ffi.NULL, bytes(16), 16, b"", 0, ffi.NULL, nonce, key
+            ffi.from_buffer(sealed), ffi.NULL, bytes(16), 16, b"", 0, ffi.NULL, nonce, key
         )
+        good = sealed.hex() == known and opens(bytes(sealed)) and opened == bytes(16)
+        sealed[-1] ^= 1
+        good = good and not opens(bytes(sealed))
     except (ImportError, AttributeError, TypeError):
         return None
-    known = "754fc3d8c973246dcc6d741412a4b2361181a1d18091082bf0266f66297d167d2e68b845f61a3b0527d31fc7b7b89f13"
-    return (ffi, lib) if out.hex() == known else None
+    return (ffi, lib) if good else None
 
 
 _SODIUM = _load_sodium()
@@ -102,7 +119,9 @@ _SODIUM = _load_sodium()
 class Cipher:
     """One key of one suite. Shapes: ``plaintext`` n bytes, ``sealed`` n + tag_size bytes (the tag is last).
 
-    Threads may share one: no state is kept between calls.
+    Threads may share one: no state is kept between calls. The caller never seals twice under one nonce: with
+    AES-GCM and ChaCha20-Poly1305 a repeated nonce gives away the authentication key. ``sealed`` and ``plaintext``
+    are apart or start together; any other overlap gives garbage.
     """
 
     __slots__ = ("_aead", "_key", "nonce_size", "suite", "tag_size")
@@ -196,5 +215,7 @@ class Cipher:
     def _check(self, plain: int, sealed: int, nonce: Buffer) -> None:
         if sealed != plain + self.tag_size:
             raise UsageError(f"the sealed side is {self.tag_size} bytes longer than the plain side")
-        if memoryview(nonce).nbytes != self.nonce_size:
+        if plain > MAX_PLAINTEXT:
+            raise UsageError(f"at most {MAX_PLAINTEXT} bytes are sealed in one call")
+        if as_bytes(nonce).nbytes != self.nonce_size:
             raise UsageError(f"a nonce of {self.suite.title} is {self.nonce_size} bytes")

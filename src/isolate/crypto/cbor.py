@@ -8,28 +8,32 @@
 
 Values are None, bool, int (64 bits), bytes, str, list and dict whose keys are all str or all int. Floats and
 tags are not part of our formats. Map keys are sorted by their encoded bytes: cbor2's ``canonical=True``
-sorts by length first, which is the older order.
+sorts by length first, which is the older order. docs/spec/crypto.md, section CBOR.
+
+cbor2 writes, but does not read what comes from outside: its decoder acts on tags and hashes any key before we
+can look. 180 KiB of string references made it abort the process, and 147 KB of colliding array keys took
+1.6 s (docs/adr/0004-own-cbor-reader.md). The reader here knows this profile and nothing else.
 """
 
 from __future__ import annotations
 
-from io import BytesIO
-from typing import Any, TypeVar
+from typing import Any
 
 import cbor2
 
 from isolate.errors import MalformedError, UsageError
 
-MAX_DEPTH = 16
+MAX_DEPTH = 16  # lists and maps inside one another
 MAX_SIZE = 16 * 1024 * 1024  # bytes; a parser with a tighter limit passes its own
 
-T = TypeVar("T")
+_UNSIGNED, _NEGATIVE, _BYTES, _TEXT, _LIST, _MAP, _TAG, _SIMPLE = range(8)
+_CONSTANTS = {20: False, 21: True, 22: None}
+# The least argument that needs 1, 2, 4 or 8 bytes: a smaller one has a shorter form.
+_LEAST = (24, 2**8, 2**16, 2**32)
 
 
 def _ordered(value: Any, depth: int = 0) -> Any:
     """The same value with its maps in encoding order; refuses what the profile does not have."""
-    if depth > MAX_DEPTH:
-        raise UsageError("CBOR value is nested too deeply")
     if value is None or isinstance(value, bool | bytes):
         return value
     if isinstance(value, int):
@@ -40,20 +44,25 @@ def _ordered(value: Any, depth: int = 0) -> Any:
         return str(value)
     if isinstance(value, bytearray | memoryview):
         return bytes(value)
-    if isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple | dict):
+        raise UsageError(f"no CBOR form for {type(value).__name__}")
+    if depth == MAX_DEPTH:
+        raise UsageError("CBOR value is nested too deeply")
+    if not isinstance(value, dict):
         return [_ordered(item, depth + 1) for item in value]
-    if isinstance(value, dict):
-        kinds = {str if isinstance(key, str) else type(key) for key in value}
-        if kinds - {str} and kinds - {int}:
-            raise UsageError("the keys of a CBOR map are all text or all integers")
-        keyed = sorted((cbor2.dumps(key), key) for key in value)
-        return {key: _ordered(value[key], depth + 1) for _, key in keyed}
-    raise UsageError(f"no CBOR form for {type(value).__name__}")
+    kinds = {str if isinstance(key, str) else type(key) for key in value}
+    if kinds - {str} and kinds - {int}:
+        raise UsageError("the keys of a CBOR map are all text or all integers")
+    keyed = sorted((cbor2.dumps(_ordered(key)), key) for key in value)
+    return {key: _ordered(value[key], depth + 1) for _, key in keyed}
 
 
 def encode(value: Any) -> bytes:
     """The one encoding of ``value``. Raises UsageError for a value outside the profile."""
-    encoded: bytes = cbor2.dumps(_ordered(value))
+    try:
+        encoded: bytes = cbor2.dumps(_ordered(value))
+    except UnicodeEncodeError:
+        raise UsageError("text with half a surrogate pair has no CBOR form") from None
     return encoded
 
 
@@ -62,22 +71,87 @@ def decode(data: bytes | bytearray | memoryview, *, max_size: int = MAX_SIZE) ->
 
     Raises MalformedError when it is too large, not CBOR, has trailing bytes, or is not in deterministic form.
     """
-    if len(data) > max_size:
-        raise MalformedError(f"CBOR of {len(data)} bytes, where at most {max_size} are read")
+    size = memoryview(data).nbytes
+    if size > max_size:
+        raise MalformedError(f"CBOR of {size} bytes, where at most {max_size} are read")
     raw = bytes(data)
-    stream = BytesIO(raw)
-    try:
-        value = cbor2.CBORDecoder(
-            stream, max_depth=MAX_DEPTH, allow_indefinite=False, allow_duplicate_keys=False
-        ).decode()
-        canonical = stream.tell() == len(raw) and encode(value) == raw
-    # cbor2 raises several unrelated types on hostile input; none of them may leave, nor be chained.
-    except Exception:  # noqa: BLE001
-        canonical = False
-        value = None
-    if not canonical:
-        raise MalformedError("not deterministic CBOR")
+    value, end = _read(raw, 0, 0)
+    if end != size:
+        raise _malformed("trailing bytes")
     return value
+
+
+def _malformed(why: str) -> MalformedError:
+    return MalformedError(f"not deterministic CBOR: {why}")
+
+
+def _head(raw: bytes, at: int) -> tuple[int, int, int]:
+    """Major type, argument, and where the next byte is."""
+    if at >= len(raw):
+        raise _malformed("it ends too early")
+    major, argument, at = raw[at] >> 5, raw[at] & 31, at + 1
+    if argument < 24:
+        return major, argument, at
+    if argument > 27 or major == _SIMPLE:
+        raise _malformed("an indefinite length, a float or a simple value")
+    index = argument - 24
+    end = at + (1 << index)
+    if end > len(raw):
+        raise _malformed("it ends too early")
+    argument = int.from_bytes(raw[at:end])
+    if argument < _LEAST[index]:
+        raise _malformed("an integer or length that has a shorter form")
+    return major, argument, end
+
+
+def _read(raw: bytes, at: int, depth: int) -> tuple[Any, int]:
+    major, argument, at = _head(raw, at)
+    if major == _UNSIGNED:
+        return argument, at
+    if major == _NEGATIVE:
+        return -1 - argument, at
+    if major in (_BYTES, _TEXT):
+        end = at + argument
+        if end > len(raw):
+            raise _malformed("it ends too early")
+        if major == _BYTES:
+            return raw[at:end], end
+        try:
+            return raw[at:end].decode(), end
+        except UnicodeDecodeError:
+            raise _malformed("text that is not UTF-8") from None
+    if major == _SIMPLE and argument in _CONSTANTS:
+        return _CONSTANTS[argument], at
+    if major in (_TAG, _SIMPLE):
+        raise _malformed("a tag or a simple value")
+    if depth == MAX_DEPTH:
+        raise _malformed("nested too deeply")
+    return _read_list(raw, at, argument, depth + 1) if major == _LIST else _read_map(raw, at, argument, depth + 1)
+
+
+def _read_list(raw: bytes, at: int, count: int, depth: int) -> tuple[list[Any], int]:
+    items = []
+    for _ in range(count):
+        item, at = _read(raw, at, depth)
+        items.append(item)
+    return items, at
+
+
+def _read_map(raw: bytes, at: int, count: int, depth: int) -> tuple[dict[Any, Any], int]:
+    entries: dict[Any, Any] = {}
+    kinds, last = set(), b""
+    for _ in range(count):
+        major = _head(raw, at)[0]
+        kinds.add(_UNSIGNED if major == _NEGATIVE else major)
+        if kinds not in ({_UNSIGNED}, {_TEXT}):
+            raise _malformed("the keys of a map are all text or all integers")
+        key, end = _read(raw, at, depth)
+        # Strictly increasing: in order, and none twice.
+        if raw[at:end] <= last:
+            raise _malformed("the keys of a map are out of order or repeated")
+        last = raw[at:end]
+        entries[key], at = _read(raw, end, depth)
+    return entries, at
 
 
 def record(
@@ -96,7 +170,8 @@ def check(value: Any, fields: dict[str, type]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MalformedError("a map is expected")
     if set(value) != set(fields):
-        odd = sorted(str(key) for key in set(value) ^ set(fields))
+        # In ASCII with escapes: a field name that a peer chose ends in a log or on a terminal.
+        odd = sorted(ascii(key) for key in set(value) ^ set(fields))
         raise MalformedError(f"missing or unknown fields: {', '.join(odd)[:200]}")
     for name, kind in fields.items():
         # bool is an int to isinstance, never to us.

@@ -19,6 +19,7 @@ from typing import TypeVar, overload
 
 from isolate.crypto import cbor
 from isolate.crypto.secret import Secret, wipe
+from isolate.errors import UsageError
 
 HASH_SIZE = 32
 MAX_OUTPUT = 255 * HASH_SIZE  # RFC 5869, 2.3
@@ -53,9 +54,9 @@ def _hmac(key: bytes | bytearray | memoryview, *parts: bytes | bytearray | memor
 
 
 def hkdf(salt: bytes, ikm: memoryview | bytes, info: bytes, length: int) -> bytearray:
-    """RFC 5869 extract and expand; ``length`` is at most 8160 bytes."""
+    """RFC 5869 extract and expand. Raises UsageError unless ``length`` is 1 to 8160 bytes."""
     if not 0 < length <= MAX_OUTPUT:
-        raise ValueError("HKDF-SHA-256 gives 1 to 8160 bytes")
+        raise UsageError("HKDF-SHA-256 gives 1 to 8160 bytes")
     prk = _hmac(salt or bytes(HASH_SIZE), ikm)
     out, block = bytearray(), b""
     for counter in range(1, -(-length // HASH_SIZE) + 1):

@@ -32,12 +32,14 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey, M
 
 from isolate.crypto.kdf import Label, derive
 from isolate.crypto.secret import Secret
-from isolate.errors import KeyFormatError, StorageError
+from isolate.errors import KeyFormatError, StorageError, UsageError
 
 ED25519_SIGNATURE = 64
 MLDSA65_PUBLIC = 1952
 MLDSA65_SIGNATURE = 3309
 HYBRID_SIGNATURE = ED25519_SIGNATURE + MLDSA65_PUBLIC + MLDSA65_SIGNATURE
+
+MAX_KEY_FILE = 65536  # bytes that are read of a key file: a wrong path may be a device or a whole model
 
 _SECRET_PREFIX = "ISOLATE-SIGNING-KEY-"  # noqa: S105 (a prefix, no secret)
 _PUBLIC_PREFIX = "isolate-verify-"
@@ -76,6 +78,28 @@ def verify(public: bytes, purpose: Purpose, message: bytes, signature: bytes) ->
     return True
 
 
+def verify_note(public: bytes, text: bytes, signature: bytes) -> bool:
+    """Whether ``signature`` is this Ed25519 key's over the bare text of a C2SP note (see SigningKey.sign_note)."""
+    if len(public) != 32 or len(signature) != ED25519_SIGNATURE or b"\0" in text:
+        return False
+    try:
+        nacl.bindings.crypto_sign_open(signature + text, public)
+    except (nacl.exceptions.CryptoError, ValueError, TypeError):
+        return False
+    return True
+
+
+def is_public_key(raw: bytes) -> bool:
+    """Whether this is a usable Ed25519 public key: canonical, on the curve, of large prime order.
+
+    Under a key of small order a signature over anything can be forged, so none may ever be written into a token.
+
+    >>> is_public_key(bytes([1]) + bytes(31)), is_public_key(SigningKey.generate().verifying_key.ed25519)
+    (False, True)
+    """
+    return len(raw) == 32 and bool(nacl.bindings.crypto_core_ed25519_is_valid_point(raw))
+
+
 def to_text(prefix: str, raw: bytes | memoryview) -> str:
     """``prefix`` and the base64url of ``raw`` with four bytes of its SHA-256, so that a slip is seen."""
     body = bytes(raw) + hashlib.sha256(prefix.encode() + bytes(raw)).digest()[:4]
@@ -98,24 +122,32 @@ def from_text(prefix: str, text: str, size: int, what: str) -> bytes:
 
 
 def write_key_file(path: str | os.PathLike[str], comment: str, line: str) -> None:
-    """Write a key file that only its owner may read; an existing file is never overwritten."""
+    """Write a key file that only its owner may read; an existing file is never overwritten.
+
+    Raises StorageError; then no half-written file is left.
+    """
     text = "".join(f"# {part}\n" for part in comment.splitlines()) + line + "\n"
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    except FileExistsError:
+        raise StorageError(f"{os.fspath(path)} exists already", hint="choose another name") from None
+    except OSError as error:
+        raise StorageError(f"cannot write {os.fspath(path)}: {error.strerror}") from None
+    try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-    except FileExistsError:
-        raise StorageError(f"{os.fspath(path)} exists already", hint="choose another name") from None
     except OSError as error:
+        Path(path).unlink(missing_ok=True)
         raise StorageError(f"cannot write {os.fspath(path)}: {error.strerror}") from None
 
 
 def read_key_file(path: str | os.PathLike[str], what: str) -> str:
     """The one line of a key file that is no comment. Raises KeyFormatError or StorageError."""
     try:
-        raw = Path(path).read_bytes()[:65536]
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_KEY_FILE)
     except OSError as error:
         raise StorageError(f"cannot read {os.fspath(path)}: {error.strerror}") from None
     lines = [line.strip() for line in raw.decode("ascii", errors="replace").splitlines()]
@@ -135,6 +167,10 @@ class VerifyingKey:
 
     ed25519: bytes
     mldsa65_digest: bytes
+
+    def __attrs_post_init__(self) -> None:
+        if len(self.ed25519) != 32 or len(self.mldsa65_digest) != 32:
+            raise KeyFormatError("a verifying key is two parts of 32 bytes")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -209,6 +245,15 @@ class SigningKey:
     def sign(self, purpose: Purpose, message: bytes) -> bytes:
         """An Ed25519 signature, 64 bytes."""
         return self._ed25519.sign(_framed(purpose, message))
+
+    def sign_note(self, text: bytes) -> bytes:
+        """An Ed25519 signature over the bare text of a C2SP note, so that any auditor's tool can verify it.
+
+        It is no signature for a Purpose: those frame with a zero byte, and a text with one is refused here.
+        """
+        if b"\0" in text or not text.endswith(b"\n"):
+            raise UsageError("a note is text that ends in a newline and has no zero byte")
+        return self._ed25519.sign(text)
 
     def sign_hybrid(self, purpose: Purpose, message: bytes) -> bytes:
         """Both signatures and the ML-DSA-65 public key, 5325 bytes."""
