@@ -100,6 +100,28 @@ def is_public_key(raw: bytes) -> bool:
     return len(raw) == 32 and bool(nacl.bindings.crypto_core_ed25519_is_valid_point(raw))
 
 
+def verify_note(public: bytes, text: bytes, signature: bytes) -> bool:
+    """Whether ``signature`` is this Ed25519 key's over the bare text of a C2SP note (see SigningKey.sign_note)."""
+    if len(public) != 32 or len(signature) != ED25519_SIGNATURE or b"\0" in text:
+        return False
+    try:
+        nacl.bindings.crypto_sign_open(signature + text, public)
+    except (nacl.exceptions.CryptoError, ValueError, TypeError):
+        return False
+    return True
+
+
+def is_public_key(raw: bytes) -> bool:
+    """Whether this is a usable Ed25519 public key: canonical, on the curve, of large prime order.
+
+    Under a key of small order a signature over anything can be forged, so none may ever be written into a token.
+
+    >>> is_public_key(bytes([1]) + bytes(31)), is_public_key(SigningKey.generate().verifying_key.ed25519)
+    (False, True)
+    """
+    return len(raw) == 32 and bool(nacl.bindings.crypto_core_ed25519_is_valid_point(raw))
+
+
 def to_text(prefix: str, raw: bytes | memoryview) -> str:
     """``prefix`` and the base64url of ``raw`` with four bytes of its SHA-256, so that a slip is seen."""
     body = bytes(raw) + hashlib.sha256(prefix.encode() + bytes(raw)).digest()[:4]
@@ -245,6 +267,15 @@ class SigningKey:
     def sign(self, purpose: Purpose, message: bytes) -> bytes:
         """An Ed25519 signature, 64 bytes."""
         return self._ed25519.sign(_framed(purpose, message))
+
+    def sign_note(self, text: bytes) -> bytes:
+        """An Ed25519 signature over the bare text of a C2SP note, so that any auditor's tool can verify it.
+
+        It is no signature for a Purpose: those frame with a zero byte, and a text with one is refused here.
+        """
+        if b"\0" in text or not text.endswith(b"\n"):
+            raise UsageError("a note is text that ends in a newline and has no zero byte")
+        return self._ed25519.sign(text)
 
     def sign_note(self, text: bytes) -> bytes:
         """An Ed25519 signature over the bare text of a C2SP note, so that any auditor's tool can verify it.
