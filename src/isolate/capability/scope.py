@@ -65,16 +65,19 @@ class Range:
         return type(value) is int and self.least <= value <= self.most
 
 
+def _distinct(values: Iterable[int | str]) -> frozenset[int | str]:
+    listed = list(values)
+    for value in listed:
+        if type(value) is not str and (type(value) is not int or abs(value) > MAX_NUMBER):
+            raise UsageError("choices are texts and integers of 64 bits")
+    return frozenset(listed)
+
+
 @frozen
 class Choices:
     """These values and no others: integers and texts. Of no values at all, it forbids the parameter any value."""
 
-    values: frozenset[int | str] = field(converter=frozenset)
-
-    def __attrs_post_init__(self) -> None:
-        for value in self.values:
-            if type(value) is not str and (type(value) is not int or abs(value) > MAX_NUMBER):
-                raise UsageError("choices are texts and integers of 64 bits")
+    values: frozenset[int | str] = field(converter=_distinct)
 
     def permits(self, value: object) -> bool:
         return type(value) in (int, str) and value in self.values
@@ -282,7 +285,7 @@ def _constraint(value: object) -> Constraint:
     if isinstance(value, dict) and set(value) == {"least", "most"}:
         return Range(value["least"], value["most"])
     if isinstance(value, list) and all(type(one) in (int, str) for one in value):
-        choices = Choices(frozenset(value))
+        choices = Choices(value)
         if _constraint_value(choices) == value:
             return choices
     raise UsageError("a parameter is limited by a range, or by sorted and distinct choices")
@@ -291,9 +294,9 @@ def _constraint(value: object) -> Constraint:
 def _both(one: Constraint, other: Constraint) -> Constraint:
     if isinstance(one, Range) and isinstance(other, Range):
         least, most = max(one.least, other.least), min(one.most, other.most)
-        return Range(least, most) if least <= most else Choices(frozenset())
+        return Range(least, most) if least <= most else Choices(())
     if isinstance(one, Choices):
-        return Choices(frozenset(value for value in one.values if other.permits(value)))
+        return Choices(value for value in one.values if other.permits(value))
     return _both(other, one)
 
 
