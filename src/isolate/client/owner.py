@@ -1,0 +1,109 @@
+"""The owner's side of a service: policy, rules, assets, grants, revocation, audit.
+
+    >>> from isolate.crypto.signing import SigningKey
+    >>> owner = Owner(SigningKey.generate(), service="unix:/run/isolate.sock", lineage="demo")
+    >>> owner
+    Owner('demo', unix:/run/isolate.sock)
+
+Every request is signed by the owner's root key for this service, and taken once. Spec: docs/spec/service.md.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from isolate import sealed
+from isolate.attestation.policy import Policy, SignedPolicy
+from isolate.capability.scope import Scope
+from isolate.capability.token import Token, grant
+from isolate.client.connect import certificate
+from isolate.crypto.signing import Purpose, SigningKey
+from isolate.messages.attest import Registered, RegisterRequest, ServiceCertificate
+from isolate.messages.base import Message, Signed
+from isolate.messages.http import post
+from isolate.messages.owner import (
+    AssetRule,
+    Done,
+    Evidence,
+    EvidenceRequest,
+    LogAnswer,
+    LogRequest,
+    PolicyUpdate,
+    Revoke,
+)
+
+
+class Owner:
+    """``key``: the root signing key. ``service``: an address. ``lineage``: of the policies it signs."""
+
+    def __init__(self, key: SigningKey, *, service: str, lineage: str) -> None:
+        self._key = key
+        self._service = service
+        self._lineage = lineage
+        self._certificate: ServiceCertificate | None = None
+
+    def __repr__(self) -> str:
+        return f"Owner({self._lineage!r}, {self._service})"
+
+    @property
+    def certificate(self) -> ServiceCertificate:
+        """The service's keys, once they verify under the owner's root."""
+        if self._certificate is None:
+            self._certificate = certificate(self._service, self._key.verifying_key, self._lineage)
+        return self._certificate
+
+    def _ask(self, route: str, body: Message, answer: type[Any]) -> Any:
+        request = Signed.make(
+            Purpose.OWNER_REQUEST, self._key, body.encode(), secrets.token_bytes(32), self.certificate.name
+        )
+        return post(self._service, f"owner/{route}", request, answer)
+
+    def set_policy(self, policy: Policy) -> int:
+        """Put a policy into force; its sequence is higher than the last. Answers its place in the log."""
+        signed = SignedPolicy.sign(policy, self._key)
+        done: Done = self._ask("policy", PolicyUpdate(signed.encode()), Done)
+        return done.log_index
+
+    def set_rule(self, asset: str, *, readers: Sequence[str] = (), writers: Sequence[str] = ()) -> int:
+        """Say which measurements, by their names in the policy, may read and write an asset."""
+        done: Done = self._ask("rule", AssetRule(asset, list(readers), list(writers)), Done)
+        return done.log_index
+
+    def register(self, path: str | os.PathLike[str]) -> Registered:
+        """Give the service a sealed file's public part: from now on this is the newest epoch of its asset."""
+        facts = sealed.public_facts(path)
+        registered: Registered = self._ask(
+            "register", RegisterRequest(facts.model_id, facts.header, facts.directory), Registered
+        )
+        return registered
+
+    def grant(
+        self,
+        asset: str,
+        *,
+        operations: Mapping[str, bytes],
+        holder: bytes,
+        uses: int | None = None,
+        bytes_out: int | None = None,
+        expires: int | None = None,
+    ) -> Token:
+        """A handle for ``holder`` (Ed25519, 32 bytes); ``operations`` maps names to digests. Made offline."""
+        scope = Scope(operations=operations, uses=uses, bytes_out=bytes_out, expires=expires)
+        return grant(self._key, asset=asset, scope=scope, holder=holder)
+
+    def revoke(self, handle: bytes) -> int:
+        """End the handle with this id (32 bytes), and everything narrowed from it."""
+        done: Done = self._ask("revoke", Revoke(handle), Done)
+        return done.log_index
+
+    def evidence(self, instance: bytes) -> bytes:
+        """The recorded envelope of an instance."""
+        answer: Evidence = self._ask("evidence", EvidenceRequest(instance), Evidence)
+        return answer.envelope
+
+    def log(self, *, old_size: int = 0, index: int | None = None) -> LogAnswer:
+        """A checkpoint and proofs, not yet verified (isolate.transparency does that)."""
+        return post(self._service, "log", LogRequest(old_size, index), LogAnswer)

@@ -1,0 +1,110 @@
+"""The first code of an enclave process. The platform runs it as a script, from the measured snapshot.
+
+Order matters: non-dumpable, no core, no new privileges, then a fork. A descriptor on /proc/PID/mem that somebody
+opened before the first call would still read this process afterwards, so keys are made only in the child, whose
+memory never was dumpable. Neither is any protection from root. Spec: docs/spec/evidence.md, section on launch.
+
+    >>> event("ready", rank=0)
+    {"event": "ready", "rank": 0}
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import runpy
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_GET_DUMPABLE = 3
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_GET_NO_NEW_PRIVS = 39
+
+
+def event(name: str, **facts: Any) -> None:
+    """Print one line of JSON. Everything that an enclave prints is public: the operator reads it."""
+    print(json.dumps({"event": name, **facts}), flush=True)
+
+
+def _prctl(option: int, argument: int = 0) -> int:
+    # All five arguments: the kernel refuses PR_SET_NO_NEW_PRIVS unless the rest are zero.
+    result: int = ctypes.CDLL(None, use_errno=True).prctl(option, ctypes.c_ulong(argument), 0, 0, 0)
+    return result
+
+
+def harden() -> None:
+    """Make this process, and what it forks, unreadable for other processes of the same user."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _prctl(_PR_SET_DUMPABLE, 0)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def capabilities() -> dict[str, bool]:
+    """Which controls hold in this process now: asked of the kernel, not remembered."""
+    return {
+        "non_dumpable": _prctl(_PR_GET_DUMPABLE) == 0,
+        "no_new_privileges": _prctl(_PR_GET_NO_NEW_PRIVS) == 1,
+        "no_core": resource.getrlimit(resource.RLIMIT_CORE) == (0, 0),
+        "not_traced": _tracer() == 0,
+    }
+
+
+def _tracer() -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("TracerPid:"):
+            return int(line.split()[1])
+    return 0
+
+
+def _quiet_threads(_: Any) -> None:
+    event("failed", code="internal")
+
+
+def run(application: str) -> int:
+    """Run the application's main.py; answer the exit status. No traceback leaves: it would carry data."""
+    from isolate.errors import IsolateError
+
+    threading.excepthook = _quiet_threads
+    # Set here, over whatever the host passed: where the measured configuration lies is no choice of the host's.
+    os.environ["ISOLATE_APPLICATION"] = application
+    try:
+        runpy.run_path(str(Path(application, "main.py")), run_name="__main__")
+    except IsolateError as error:
+        event("failed", code=error.code, message=str(error))
+        return 1
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException as error:  # noqa: BLE001 (the boundary: a type's name is all that leaves)
+        event("failed", code="internal", kind=type(error).__name__)
+        return 1
+    return 0
+
+
+def main(application: str) -> int:
+    harden()
+    if not all(capabilities().values()):
+        event("failed", code="control_missing", message="this process could not be hardened, or is traced")
+        return 1
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not all(capabilities().values()):
+        os._exit(1)
+    status = run(application)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    # boot.py lies at RUNTIME/isolate/enclave/boot.py. With -I -S the path holds the standard library alone.
+    sys.path += [str(Path(__file__).resolve().parents[2]), sys.argv[1]]
+    sys.exit(main(sys.argv[1]))

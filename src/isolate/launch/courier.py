@@ -1,0 +1,154 @@
+"""The courier: carries bytes between sockets, changes nothing unless told to, and can record all of it.
+
+    >>> Route.parse("service=unix:/run/wire.sock>unix:/run/service.sock").name
+    'service'
+
+It is the operator's, and trusted with nothing but to be there. Recording and the one-byte fault are what an
+operator could do anyway; the demo uses them to show what that is worth. Spec: docs/spec/service.md, section 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Self
+
+from attrs import define, frozen
+
+from isolate.errors import UsageError
+from isolate.messages.http import parse_address
+
+CHUNK = 256 * 1024
+
+
+@frozen
+class Route:
+    """Whoever connects to ``listen`` is connected to ``target``."""
+
+    name: str
+    listen: str
+    target: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``NAME=LISTEN>TARGET``. Raises UsageError."""
+        name, equals, rest = text.partition("=")
+        listen, arrow, target = rest.partition(">")
+        if not (name and equals and arrow):
+            raise UsageError(f"{text!r} is no route", hint="NAME=LISTEN>TARGET")
+        parse_address(listen), parse_address(target)
+        return cls(name, listen, target)
+
+
+@define
+class Fault:
+    """Flip one bit of the byte at this offset of what the connecting side sends on its next connection."""
+
+    offset: int
+
+
+class Courier:
+    """Runs routes until cancelled. ``record``: a folder for NAME-<n>.up and .down, one pair a connection."""
+
+    def __init__(self, routes: list[Route], record: Path | None) -> None:
+        self.routes = routes
+        self.record = record
+        self.connections = {route.name: 0 for route in routes}
+        self.faults: dict[str, Fault] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        servers = [await self._listen(route) for route in self.routes]
+        print("ready", flush=True)
+        try:
+            await asyncio.gather(*(server.serve_forever() for server in servers))
+        finally:
+            for server in servers:
+                server.close()
+
+    async def _listen(self, route: Route) -> asyncio.Server:
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await self._carry(route, reader, writer)
+
+        kind, host, port = parse_address(route.listen)
+        if kind == "unix":
+            return await asyncio.start_unix_server(accept, host, limit=CHUNK)
+        return await asyncio.start_server(accept, host, port, limit=CHUNK)
+
+    async def _carry(self, route: Route, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = self.connections[route.name]
+        self.connections[route.name] += 1
+        fault = self.faults.pop(route.name, None)
+        kind, host, port = parse_address(route.target)
+        try:
+            if kind == "unix":
+                far_reader, far_writer = await asyncio.open_unix_connection(host, limit=CHUNK)
+            else:
+                far_reader, far_writer = await asyncio.open_connection(host, port, limit=CHUNK)
+        except OSError:
+            writer.close()
+            return
+        stem = f"{route.name}-{number}"
+        await asyncio.gather(
+            self._pump(reader, far_writer, f"{stem}.up", fault),
+            self._pump(far_reader, writer, f"{stem}.down", None),
+        )
+
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str, fault: Fault | None
+    ) -> None:
+        seen = 0
+        record = (self.record / name).open("wb") if self.record else None
+        try:
+            while data := await reader.read(CHUNK):
+                if record:
+                    record.write(data)
+                    record.flush()
+                if fault and seen <= fault.offset < seen + len(data):
+                    changed = bytearray(data)
+                    changed[fault.offset - seen] ^= 1
+                    data = bytes(changed)
+                seen += len(data)
+                writer.write(data)
+                await writer.drain()
+            if writer.can_write_eof():
+                writer.write_eof()
+        except (ConnectionError, OSError):
+            # One side is gone: closing the other is all that is left to do.
+            writer.close()
+        finally:
+            if record:
+                record.close()
+
+    async def obey(self) -> None:
+        """Read commands from standard input: ``flip NAME OFFSET``, ``count``; end of input ends the courier."""
+        loop = asyncio.get_running_loop()
+        while line := await loop.run_in_executor(None, sys.stdin.readline):
+            match line.split():
+                case ["flip", name, offset] if name in self.connections and offset.isdigit():
+                    self.faults[name] = Fault(int(offset))
+                    print("armed", flush=True)
+                case ["count"]:
+                    print(json.dumps({"pid": os.getpid(), "connections": self.connections}), flush=True)
+                case _:
+                    print("unknown command", flush=True)
+
+
+async def _main(routes: list[Route], record: Path | None) -> None:
+    courier = Courier(routes, record)
+    carrying = asyncio.create_task(courier.run())
+    obeying = asyncio.create_task(courier.obey())
+    await asyncio.wait({carrying, obeying}, return_when=asyncio.FIRST_COMPLETED)
+    carrying.cancel()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="isolate-courier")
+    parser.add_argument("--route", action="append", required=True, type=Route.parse)
+    parser.add_argument("--record", type=Path)
+    options = parser.parse_args()
+    asyncio.run(_main(options.route, options.record))

@@ -1,0 +1,250 @@
+"""The simulated platform: a process of its own that alone holds the simulated root, measures, and launches.
+
+    >>> from isolate.launch.platform import allowed_environment
+    >>> allowed_environment({"ISOLATE_SERVICE": "unix:/run/wire", "LD_PRELOAD": "/tmp/evil.so"})
+    {'ISOLATE_SERVICE': 'unix:/run/wire'}
+
+It copies the application and the runtime into a snapshot of its own, measures the copy, launches from the copy,
+and signs only what arrives on the socket that the child inherited. An enclave never measures itself. It stands
+for hardware: whoever controls this process, or is root, can claim anything. Spec: docs/spec/evidence.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field, frozen
+
+from isolate.attestation.attesters.simulated import read_frame, write_frame
+from isolate.crypto import cbor
+from isolate.errors import IsolateError, MalformedError, StorageError, UsageError
+from isolate.launch.measure import Measurement, registers, runtime_files, tree
+from isolate.launch.root import SimulatedModule, SimulatedRoot
+from isolate.messages.http import parse_address
+
+_BOOT = "isolate/enclave/boot.py"
+# Imported once by the platform itself, so that launches find compiled code that only the platform wrote.
+_WARM = "import sys; sys.path.append(sys.argv[1]); import isolate.enclave.runtime, isolate.sealed, isolate.channel"
+
+
+def allowed_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Only ISOLATE_* gets in: it locates things. What decides is in the measured configuration."""
+    return {name: value for name, value in environment.items() if name.startswith("ISOLATE_")}
+
+
+@frozen
+class Image:
+    """A read-only snapshot and what was measured of it."""
+
+    runtime: Path
+    application: Path
+    measurement: Measurement
+
+
+@define
+class Child:
+    process: subprocess.Popen[bytes]
+    socket: socket.socket
+    module: SimulatedModule
+    image: Image
+    record: Path | None
+    lock: threading.Lock = field(factory=threading.Lock)
+
+
+class Platform:
+    """``state``: a folder of its own, for snapshots. ``record``: where the bytes of attest sockets are kept."""
+
+    def __init__(self, root: SimulatedRoot, state: Path, record: Path | None = None) -> None:
+        self.root = root
+        self._state = state
+        self._record = record
+        self._children: dict[str, Child] = {}
+        self._lock = threading.Lock()
+        self._runtime: dict[str, Path] | None = None
+
+    def image(self, application: Path) -> Image:
+        """Copy, then measure the copy. Raises UsageError or StorageError."""
+        runtime = self._snapshot_runtime()
+        staged = self._state / f"application-{os.urandom(8).hex()}"
+        files = _copy(tree(application), staged)
+        return Image(self._state / "runtime", staged, registers(runtime, files))
+
+    def _snapshot_runtime(self) -> dict[str, Path]:
+        if self._runtime is None:
+            copied = _copy(runtime_files(), self._state / "runtime")
+            self._python(["-c", _WARM, str(self._state / "runtime")], check=True)
+            self._runtime = copied
+        return self._runtime
+
+    def _python(self, arguments: list[str], *, check: bool) -> None:
+        command = [*self._command(writable=True), *arguments]
+        done = subprocess.run(command, env={}, stdin=subprocess.DEVNULL, capture_output=True)
+        if check and done.returncode != 0:
+            raise StorageError("the runtime snapshot does not import", hint="is the installation complete?")
+
+    def _command(self, *, writable: bool = False) -> list[str]:
+        # -I -S: no environment, no user site, no .pth files. Compiled code comes from the prefix alone, which
+        # only the platform writes: a .pyc beside a source file would run unmeasured.
+        command = [sys.executable, "-I", "-S", "-X", f"pycache_prefix={self._state / 'compiled'}"]
+        if sys.version_info >= (3, 14):
+            command += ["-X", "disable-remote-debug"]
+        return command if writable else [*command, "-B"]
+
+    def launch(self, name: str, application: Path, environment: Mapping[str, str], logs: Path) -> Child:
+        """Start an enclave. Its output, which is public, goes to ``logs``/NAME.out and NAME.err."""
+        image = self.image(application)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with self._lock:
+            if name in self._children:
+                raise UsageError(f"an enclave named {name} was launched before")
+            passed = {**allowed_environment(environment), "ISOLATE_ATTEST_FD": str(theirs.fileno())}
+            with (logs / f"{name}.out").open("wb") as out, (logs / f"{name}.err").open("wb") as err:
+                process = subprocess.Popen(
+                    [*self._command(), str(image.runtime / _BOOT), str(image.application)],
+                    env=passed,
+                    cwd="/",
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    pass_fds=[theirs.fileno()],
+                )
+            theirs.close()
+            record = self._record / f"attest-{name}" if self._record else None
+            child = Child(process, ours, self.root.module(name), image, record)
+            self._children[name] = child
+        threading.Thread(target=self._sign_for, args=(child,), daemon=True).start()
+        return child
+
+    def _sign_for(self, child: Child) -> None:
+        """Answer the child's requests for evidence, over what was measured at its launch."""
+        pcrs = {int(name[3:]): value for name, value in child.image.measurement.registers.items()}
+        with contextlib.suppress(OSError, IsolateError):
+            while True:
+                request = read_frame(child.socket)
+                asked = cbor.record(request, {"op": str, "user_data": bytes, "nonce": bytes})
+                if asked["op"] != "attest":
+                    raise MalformedError("an enclave asks for evidence and nothing else")
+                answer = cbor.encode({"evidence": child.module.document(pcrs, asked["user_data"], asked["nonce"])})
+                if child.record:
+                    with child.record.open("ab") as file:
+                        file.write(request + answer)
+                write_frame(child.socket, answer)
+        child.socket.close()
+
+    def child(self, name: str) -> Child:
+        child = self._children.get(name)
+        if child is None:
+            raise UsageError(f"no enclave named {name} was launched")
+        return child
+
+    def stop(self) -> None:
+        for child in self._children.values():
+            child.process.kill()
+            child.process.wait()
+
+
+def _copy(files: Mapping[str, Path], target: Path) -> dict[str, Path]:
+    copied: dict[str, Path] = {}
+    try:
+        for name, source in files.items():
+            path = target / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, path)
+            path.chmod(0o444)
+            copied[name] = path
+    except OSError as error:
+        raise StorageError(f"cannot make a snapshot: {error.strerror}") from None
+    return copied
+
+
+class Control:
+    """The platform's socket towards the host: launch, wait, kill, root. Requests and answers are CBOR frames."""
+
+    def __init__(self, platform: Platform, address: str) -> None:
+        self._platform = platform
+        kind, path, _ = parse_address(address)
+        if kind != "unix":
+            raise UsageError("the platform listens on a Unix socket")
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(path)
+        self._listener.listen()
+
+    def run(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        print(
+            json.dumps({"event": "connection.accepted", "peer_pid": struct.unpack("3i", credentials)[0]}),
+            flush=True,
+        )
+        with connection, contextlib.suppress(OSError):
+            try:
+                answer = self._answer(cbor.decode(read_frame(connection)))
+            except IsolateError as error:
+                answer = {"error": error.code, "message": error.message}
+            write_frame(connection, cbor.encode(answer))
+
+    def _answer(self, request: Any) -> dict[str, Any]:
+        match request:
+            case {"op": "root"}:
+                return {"certificate": self._platform.root.certificate}
+            case {
+                "op": "launch",
+                "name": str(name),
+                "application": str(path),
+                "environment": dict(env),
+                "logs": str(logs),
+            }:
+                child = self._platform.launch(name, Path(path), env, Path(logs))
+                return {"pid": child.process.pid, "registers": dict(child.image.measurement.registers)}
+            case {"op": "wait", "name": str(name), "seconds": int(seconds)}:
+                try:
+                    return {"status": self._platform.child(name).process.wait(seconds)}
+                except subprocess.TimeoutExpired:
+                    return {"status": None}
+            case {"op": "kill", "name": str(name)}:
+                self._platform.child(name).process.kill()
+                return {}
+        raise MalformedError("no request that the platform knows")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="isolate-platform", description="the simulated platform")
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--listen", required=True)
+    parser.add_argument("--record", type=Path)
+    options = parser.parse_args()
+    options.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = options.state / "root.key"
+    if not key.exists():
+        SimulatedRoot.generate().save(key)
+    platform = Platform(SimulatedRoot.load(key), options.state, options.record)
+    control = Control(platform, options.listen)
+    print(json.dumps({"event": "ready", "simulated": True}), flush=True)
+
+    def end(*_: object) -> None:
+        platform.stop()
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    control.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The host's side of a platform: start enclaves, read what they print, wait for them.
+
+>>> Enclave.parse_events('{"event": "attested", "rank": 0}\\nno json\\n')
+[{'event': 'attested', 'rank': 0}]
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from isolate.attestation.attesters.simulated import read_frame, write_frame
+from isolate.crypto import cbor
+from isolate.errors import RefusedError, ServiceUnavailable
+from isolate.messages.http import parse_address
+
+LAUNCH_TIMEOUT = 60.0  # seconds: the first launch copies and compiles the runtime
+
+
+@frozen
+class Enclave:
+    """A launched enclave. ``registers`` is what the platform measured (48 bytes each)."""
+
+    host: Host
+    name: str
+    pid: int
+    registers: Mapping[str, bytes]
+    logs: Path
+
+    def wait(self, timeout: float) -> int | None:
+        """The exit status, or None when it still runs after ``timeout`` seconds."""
+        answer = self.host.ask({"op": "wait", "name": self.name, "seconds": int(timeout)}, timeout + 5)
+        status: int | None = answer["status"]
+        return status
+
+    def kill(self) -> None:
+        self.host.ask({"op": "kill", "name": self.name})
+
+    def events(self) -> list[dict[str, Any]]:
+        """The JSON lines that it has printed. They are public, and the host can forge them: they prove nothing."""
+        return self.parse_events((self.logs / f"{self.name}.out").read_text(encoding="utf-8", errors="replace"))
+
+    @staticmethod
+    def parse_events(text: str) -> list[dict[str, Any]]:
+        found = []
+        for line in text.splitlines():
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict) and "event" in value:
+                found.append(value)
+        return found
+
+    def event(self, *names: str, timeout: float = 30.0) -> dict[str, Any]:
+        """The first event of one of these names; waits for it. Raises RefusedError when it does not come."""
+        end = time.monotonic() + timeout
+        while True:
+            exited = time.monotonic() > end or self.wait(0) is not None
+            for event in self.events():
+                if event["event"] in names:
+                    return event
+            if exited:
+                raise RefusedError(f"enclave {self.name} printed none of {', '.join(names)}", code="no_event")
+            time.sleep(0.02)
+
+
+class Host:
+    """``address``: where the platform listens, ``unix:/path``."""
+
+    def __init__(self, address: str, *, logs: Path) -> None:
+        self._path = parse_address(address)[1]
+        self._logs = logs
+
+    def ask(self, request: dict[str, Any], timeout: float = LAUNCH_TIMEOUT) -> dict[str, Any]:
+        """One request to the platform. Raises RefusedError with its code, or ServiceUnavailable."""
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(timeout)
+                connection.connect(self._path)
+                write_frame(connection, cbor.encode(request))
+                answer: dict[str, Any] = cbor.decode(read_frame(connection))
+        except OSError as error:
+            raise ServiceUnavailable(f"the platform does not answer: {type(error).__name__}", hint="") from None
+        if "error" in answer:
+            raise RefusedError(str(answer["message"]), code=str(answer["error"]))
+        return answer
+
+    def root_certificate(self) -> bytes:
+        """The simulated root's certificate (DER), for the owner's policy."""
+        certificate: bytes = self.ask({"op": "root"})["certificate"]
+        return certificate
+
+    def launch(self, name: str, application: Path, environment: Mapping[str, str]) -> Enclave:
+        answer = self.ask(
+            {
+                "op": "launch",
+                "name": name,
+                "application": str(application.resolve()),
+                "environment": dict(environment),
+                "logs": str(self._logs.resolve()),
+            }
+        )
+        return Enclave(self, name, answer["pid"], answer["registers"], self._logs)

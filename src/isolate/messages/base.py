@@ -1,0 +1,132 @@
+"""The form of every message: a CBOR map of its type and its fields, and the envelope of a signed request.
+
+    >>> from attrs import frozen
+    >>> @frozen
+    ... class Ping(Message):
+    ...     TYPE = "ping"
+    ...     number: int
+    >>> Ping.parse(Ping(number=7).encode())
+    Ping(number=7)
+
+Spec: docs/spec/service.md, section 1.
+"""
+
+from __future__ import annotations
+
+import types
+from functools import cache
+from typing import Any, ClassVar, Protocol, Self, Union, get_args, get_origin, get_type_hints
+
+import attrs
+from attrs import field, frozen
+
+from isolate.crypto import cbor
+from isolate.crypto.signing import Purpose, VerifyingKey
+from isolate.errors import MalformedError, RefusedError
+
+MAX_MESSAGE = 1024 * 1024  # bytes; a sealed file's header and directory are the largest parts
+
+
+class Message:
+    """Base of the messages. Field types are bytes, str, int, bool, list[...], dict[str, ...], and ``| None``."""
+
+    TYPE: ClassVar[str]
+
+    def encode(self) -> bytes:
+        values = {name: getattr(self, name) for name in _hints(type(self))}
+        return cbor.encode({"type": self.TYPE, **values})
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Read exactly this message. Raises MalformedError for anything else."""
+        value = cbor.decode(data, max_size=MAX_MESSAGE)
+        if not isinstance(value, dict) or value.pop("type", None) != cls.TYPE:
+            raise MalformedError(f"no message of type {cls.TYPE}")
+        hints = _hints(cls)
+        if set(value) != set(hints):
+            raise MalformedError(f"message {cls.TYPE} has missing or unknown fields")
+        for name, hint in hints.items():
+            if not _fits(value[name], hint):
+                raise MalformedError(f"field {name} of message {cls.TYPE} is of the wrong type")
+        return cls(**value)
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    names = [a.name for a in attrs.fields(cls)]
+    return {name: hints[name] for name in names}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint is type(None):
+        return value is None
+    if origin is list:
+        (item,) = get_args(hint)
+        return isinstance(value, list) and all(_fits(part, item) for part in value)
+    if origin is dict:
+        key, item = get_args(hint)
+        return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
+    # bool is an int to isinstance, never to us.
+    return hint is Any or type(value) is hint
+
+
+class Signer(Protocol):
+    """A SigningKey, or whatever signs for one: a key file, an agent."""
+
+    @property
+    def verifying_key(self) -> VerifyingKey: ...
+    def sign(self, purpose: Purpose, message: bytes, /) -> bytes: ...
+
+
+@frozen
+class Signed(Message):
+    """A request by the holder of a key: ``body`` is the encoded request, ``nonce`` is used once.
+
+    ``key`` is the whole verifying key (64 bytes); ``token`` is an attestation result, or empty when the owner
+    signs. Who may ask what is the service's to decide; this only says who asked.
+    """
+
+    TYPE = "signed"
+    body: bytes
+    nonce: bytes
+    audience: str
+    key: bytes
+    token: str
+    signature: bytes = field(repr=False)
+
+    @classmethod
+    def make(
+        cls, purpose: Purpose, signer: Signer, body: bytes, nonce: bytes, audience: str, token: str = ""
+    ) -> Self:
+        key = signer.verifying_key.to_bytes()
+        signature = signer.sign(purpose, cls._signed(body, nonce, audience, key, token))
+        return cls(body, nonce, audience, key, token, signature)
+
+    @staticmethod
+    def _signed(body: bytes, nonce: bytes, audience: str, key: bytes, token: str) -> bytes:
+        return cbor.encode([body, nonce, audience, key, token])
+
+    def verify(self, purpose: Purpose, audience: str) -> VerifyingKey:
+        """Who signed it. Raises RefusedError when the signature or the audience is wrong."""
+        if len(self.nonce) != 32 or self.audience != audience:
+            raise RefusedError("this request was made for somebody else", code="wrong_audience")
+        key = VerifyingKey.from_bytes(self.key)
+        signed = self._signed(self.body, self.nonce, self.audience, self.key, self.token)
+        if not key.verify(purpose, signed, self.signature):
+            raise RefusedError("the signature of this request does not verify", code="bad_signature")
+        return key
+
+
+@frozen
+class Refusal(Message):
+    """What a refused caller is told: a code, one line that carries no data, and the number of the request."""
+
+    TYPE = "refusal"
+    code: str
+    message: str
+    hint: str
+    request_id: str

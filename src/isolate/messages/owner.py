@@ -1,0 +1,82 @@
+"""What the owner tells the service, each inside a Signed request by the owner's root key, and the log's answers.
+
+    >>> AssetRule(asset="digits/train", readers=["trainer"], writers=[]).encode()[:1].hex()
+    'a4'
+
+Spec: docs/spec/service.md, sections 5 and 7.
+"""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+from isolate.messages.base import Message
+
+
+@frozen
+class PolicyUpdate(Message):
+    """``policy`` is a signed policy (docs/spec/evidence.md); its sequence must be higher than the last."""
+
+    TYPE = "policy-update"
+    policy: bytes
+
+
+@frozen
+class AssetRule(Message):
+    """Which measurements (by their reference name in the policy) may read an asset, and which may write it.
+
+    An asset without a rule is released to nobody.
+    """
+
+    TYPE = "asset-rule"
+    asset: str
+    readers: list[str]
+    writers: list[str]
+
+
+@frozen
+class Revoke(Message):
+    """End a handle and everything attenuated from it; ``handle`` is its id (docs/spec/capability.md)."""
+
+    TYPE = "revoke"
+    handle: bytes
+
+
+@frozen
+class Done(Message):
+    TYPE = "done"
+    log_index: int
+
+
+@frozen
+class EvidenceRequest(Message):
+    """The owner asks for the recorded envelope of an instance."""
+
+    TYPE = "evidence-request"
+    instance: bytes
+
+
+@frozen
+class Evidence(Message):
+    TYPE = "evidence"
+    envelope: bytes
+
+
+@frozen
+class LogRequest(Message):
+    """``old_size`` 0 asks for no consistency proof; ``index`` None for no entry."""
+
+    TYPE = "log-request"
+    old_size: int
+    index: int | None
+
+
+@frozen
+class LogAnswer(Message):
+    """A signed checkpoint, the proof from ``old_size`` to it, and an entry with its proof. Hashes are 32 bytes."""
+
+    TYPE = "log-answer"
+    checkpoint: str
+    consistency: list[bytes]
+    entry: bytes | None
+    inclusion: list[bytes]
