@@ -13,6 +13,7 @@
     │   │   ├── UnauthenticatedOrigin   nothing says who sealed it, or the wrong one did
     │   │   └── RolledBack          older than the epoch, or another digest than expected
     │   ├── EvidenceRefused         evidence that is not authentic
+    │   ├── PolicyRefused           a policy that is malformed, another's, or older than one seen before
     │   ├── AppraisalRefused        authentic evidence that the policy does not admit
     │   ├── ResultRefused           a result token that is forged, stale or for somebody else
     │   ├── ReleaseRefused          a key release that the service or the enclave does not accept
@@ -21,7 +22,7 @@
     │   │   ├── HolderRefused       no proof by the holder of the token's last key
     │   │   ├── BudgetExhausted     a limit of this handle or of an ancestor is spent
     │   │   ├── Revoked             this handle, or an ancestor, was revoked
-    │   │   └── ExportDenied        plaintext, without the approvals that its export takes
+    │   │   └── OutputRefused       an output that is not of the operation's declared, closed type
     │   └── LogRefused              a proof, checkpoint or signature of the log does not verify
     ├── ChannelError                the other end of a channel, or who is between, misbehaved
     │   ├── HandshakeRefused        the peer is not whom the pins name
@@ -132,6 +133,10 @@ class EvidenceRefused(RefusedError):
     default_code = "evidence_refused"
 
 
+class PolicyRefused(RefusedError):
+    default_code = "policy_refused"
+
+
 class AppraisalRefused(RefusedError):
     default_code = "appraisal_refused"
 
@@ -164,8 +169,8 @@ class Revoked(CapabilityRefused):
     default_code = "revoked"
 
 
-class ExportDenied(CapabilityRefused):
-    default_code = "export_denied"
+class OutputRefused(CapabilityRefused):
+    default_code = "output_refused"
 
 
 class LogRefused(RefusedError):

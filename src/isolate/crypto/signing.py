@@ -41,6 +41,8 @@ HYBRID_SIGNATURE = ED25519_SIGNATURE + MLDSA65_PUBLIC + MLDSA65_SIGNATURE
 
 MAX_KEY_FILE = 65536  # bytes that are read of a key file: a wrong path may be a device or a whole model
 
+TOKEN_START = b"eyJ"  # base64url of the first bytes of a JSON object
+
 _SECRET_PREFIX = "ISOLATE-SIGNING-KEY-"  # noqa: S105 (a prefix, no secret)
 _PUBLIC_PREFIX = "isolate-verify-"
 
@@ -50,10 +52,12 @@ class Purpose(StrEnum):
 
     SEALED_DIRECTORY = "sealed/directory"
     POLICY = "attestation/policy"
+    REFERENCE = "attestation/reference"
     SERVICE_CERTIFICATE = "service/certificate"
     RELEASE = "service/release"
     ENCLAVE_REQUEST = "service/request"
     OWNER_REQUEST = "service/owner-request"
+    HOLDER_REQUEST = "service/holder-request"
     CHECKPOINT = "transparency/checkpoint"
     CHANNEL_PEER = "channel/peer"
     CHANNEL_HOLDER = "channel/holder"
@@ -100,26 +104,15 @@ def is_public_key(raw: bytes) -> bool:
     return len(raw) == 32 and bool(nacl.bindings.crypto_core_ed25519_is_valid_point(raw))
 
 
-def verify_note(public: bytes, text: bytes, signature: bytes) -> bool:
-    """Whether ``signature`` is this Ed25519 key's over the bare text of a C2SP note (see SigningKey.sign_note)."""
-    if len(public) != 32 or len(signature) != ED25519_SIGNATURE or b"\0" in text:
+def verify_token(public: bytes, signing_input: bytes, signature: bytes) -> bool:
+    """Whether ``signature`` (64 bytes) is this key's EdDSA over a JWS signing input."""
+    if len(public) != 32 or len(signature) != ED25519_SIGNATURE or not signing_input.startswith(TOKEN_START):
         return False
     try:
-        nacl.bindings.crypto_sign_open(signature + text, public)
+        nacl.bindings.crypto_sign_open(signature + signing_input, public)
     except (nacl.exceptions.CryptoError, ValueError, TypeError):
         return False
     return True
-
-
-def is_public_key(raw: bytes) -> bool:
-    """Whether this is a usable Ed25519 public key: canonical, on the curve, of large prime order.
-
-    Under a key of small order a signature over anything can be forged, so none may ever be written into a token.
-
-    >>> is_public_key(bytes([1]) + bytes(31)), is_public_key(SigningKey.generate().verifying_key.ed25519)
-    (False, True)
-    """
-    return len(raw) == 32 and bool(nacl.bindings.crypto_core_ed25519_is_valid_point(raw))
 
 
 def to_text(prefix: str, raw: bytes | memoryview) -> str:
@@ -277,14 +270,14 @@ class SigningKey:
             raise UsageError("a note is text that ends in a newline and has no zero byte")
         return self._ed25519.sign(text)
 
-    def sign_note(self, text: bytes) -> bytes:
-        """An Ed25519 signature over the bare text of a C2SP note, so that any auditor's tool can verify it.
+    def sign_token(self, signing_input: bytes) -> bytes:
+        """EdDSA over a JWS signing input (RFC 7515), 64 bytes: the one signature without our frame.
 
-        It is no signature for a Purpose: those frame with a zero byte, and a text with one is refused here.
+        Such an input begins with the base64url of ``{"``, which no framed message does. Raises UsageError else.
         """
-        if b"\0" in text or not text.endswith(b"\n"):
-            raise UsageError("a note is text that ends in a newline and has no zero byte")
-        return self._ed25519.sign(text)
+        if not signing_input.startswith(TOKEN_START):
+            raise UsageError("this is no JWS signing input")
+        return self._ed25519.sign(signing_input)
 
     def sign_hybrid(self, purpose: Purpose, message: bytes) -> bytes:
         """Both signatures and the ML-DSA-65 public key, 5325 bytes."""

@@ -69,6 +69,11 @@ def der(certificate: Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.DER)
 
 
+def pem(certificate: bytes) -> bytes:
+    """The PEM form of a certificate in DER. Raises MalformedError."""
+    return load(certificate)[0].public_bytes(serialization.Encoding.PEM)
+
+
 def fingerprint(certificate: Certificate | bytes) -> bytes:
     """SHA-256 of the DER form, 32 bytes: how an anchor is named."""
     raw = certificate if isinstance(certificate, bytes) else der(certificate)
