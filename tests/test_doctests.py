@@ -1,0 +1,28 @@
+"""The examples in the docstrings run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src"
+# __main__ runs the program when it is imported.
+MODULES = sorted(
+    ".".join(file.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__")
+    for file in (SRC / "isolate").rglob("*.py")
+    if file.name != "__main__.py"
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if name.startswith("isolate.torch"):
+        pytest.importorskip("torch", reason="the extra `torch` is not installed")
+    module = importlib.import_module(name)
+    assert module.__doc__, f"{name} has no docstring"
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0, f"{result.failed} examples of {name} fail; see the output above"
