@@ -67,6 +67,7 @@ def test_a_wrong_known_answer_leaves_the_public_functions(monkeypatch: pytest.Mo
     assert aead._load_sodium() is None
 
 
+@pytest.mark.threat("KEY-7")
 def test_every_flipped_byte_is_refused_and_the_destination_wiped(cipher: Cipher) -> None:
     nonce, data = bytes(cipher.nonce_size), b"header"
     sealed = cipher.seal(b"forty bytes of weights, more or less ...", nonce, data)
@@ -80,6 +81,7 @@ def test_every_flipped_byte_is_refused_and_the_destination_wiped(cipher: Cipher)
         assert out == bytes(40), (part, index)
 
 
+@pytest.mark.threat("KEY-6")
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (0,), (0, 3), ()])
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "c8", "i1", ">f4", "?"])
 def test_an_array_is_sealed_whole(cipher: Cipher, shape: tuple[int, ...], dtype: str) -> None:

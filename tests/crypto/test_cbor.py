@@ -49,6 +49,7 @@ def test_a_changed_byte_is_refused_or_is_the_encoding_of_another_value(value: An
     assert cbor.encode(other) != cbor.encode(value)
 
 
+@pytest.mark.threat("KEY-5")
 @settings(max_examples=500)
 @given(st.binary(max_size=64))
 @example(b"")
@@ -137,6 +138,7 @@ def test_every_tag_is_refused(tag: int) -> None:
             cbor.decode(cbor2.dumps(cbor2.CBORTag(tag, inner)))
 
 
+@pytest.mark.threat("KEY-4")
 def test_hostile_bytes_cost_no_more_than_their_length() -> None:
     """Each of these took a general decoder gigabytes or minutes, before any check could refuse it."""
     references = bytes.fromhex("d901009a00009c415a000186a0") + b"x" * 100_000 + b"\xd8\x19\x00" * 40_000

@@ -95,6 +95,7 @@ def test_another_info_or_identity_does_not_open(identity: Identity) -> None:
         Identity.generate().open(boxed, info=b"info")
 
 
+@pytest.mark.threat("KEY-9")
 def test_both_halves_of_the_key_count(identity: Identity) -> None:
     """Who holds only the lattice key, or only the curve key, of a recipient opens nothing."""
     boxed = identity.recipient.seal(b"file key", info=b"")

@@ -33,6 +33,7 @@ def secret(request: pytest.FixtureRequest) -> Secret:
     return made
 
 
+@pytest.mark.threat("KEY-8")
 @pytest.mark.parametrize(
     "form", [repr, str, ascii, "{}".format, lambda s: f"{s!r:>60}", "{0} {0!r}".format], ids=range(6)
 )
@@ -43,6 +44,7 @@ def test_text_forms(secret: Secret, form: Callable[[object], str]) -> None:
     assert not shows(form({"nested": [secret]}))
 
 
+@pytest.mark.threat("KEY-8")
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickle(secret: Secret, protocol: int) -> None:
     with pytest.raises(UsageError):

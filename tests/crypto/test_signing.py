@@ -43,6 +43,7 @@ def test_purposes_are_unique_and_of_one_form() -> None:
         assert set(purpose.value) <= set(string.ascii_lowercase + "-/")
 
 
+@pytest.mark.threat("KEY-2")
 def test_a_signature_is_good_for_its_purpose_only() -> None:
     for made in Purpose:
         signature = KEY.sign(made, b"message")
@@ -84,6 +85,7 @@ def test_every_flipped_bit_of_an_ed25519_signature() -> None:
         assert not PUBLIC.verify(Purpose.GRANT, b"m", bytes(changed)), bit
 
 
+@pytest.mark.threat("KEY-3")
 def test_each_half_of_a_hybrid_signature_counts() -> None:
     signature = KEY.sign_hybrid(Purpose.SEALED_DIRECTORY, b"m")
     assert len(signature) == HYBRID_SIGNATURE
@@ -137,6 +139,7 @@ SMALL_ORDER = [
 ]
 
 
+@pytest.mark.threat("KEY-1")
 @pytest.mark.parametrize("point", SMALL_ORDER)
 def test_keys_of_small_order_verify_nothing(point: str) -> None:
     public = bytes.fromhex(point)
@@ -176,6 +179,7 @@ KINDS: dict[str, tuple[str, Callable[[str], Any]]] = {
 ALPHABET = string.ascii_letters + string.digits + "-_"
 
 
+@pytest.mark.threat("KEY-10")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_change_of_one_character_is_refused(kind: str) -> None:
     text, parse = KINDS[kind]
