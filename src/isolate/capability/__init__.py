@@ -27,7 +27,7 @@ from isolate.capability.invocation import (
     verify_invocation,
 )
 from isolate.capability.scope import Choices, Range, Scope, meet
-from isolate.capability.token import ChainCache, Signer, Token, VerifiedToken, grant, verify
+from isolate.capability.token import ChainCache, Token, VerifiedToken, grant, verify
 
 __all__ = [
     "ChainCache",
@@ -36,7 +36,6 @@ __all__ = [
     "Range",
     "ReplayGuard",
     "Scope",
-    "Signer",
     "Token",
     "VerifiedInvocation",
     "VerifiedToken",

@@ -17,9 +17,9 @@ from typing import Any, Self
 
 from attrs import field, frozen
 
-from isolate.capability.token import Signer, Token, VerifiedToken
+from isolate.capability.token import Token, VerifiedToken
 from isolate.crypto import cbor
-from isolate.crypto.signing import Purpose, verify
+from isolate.crypto.signing import Purpose, Signer, verify
 from isolate.errors import CapabilityRefused, HolderRefused, MalformedError, UsageError
 
 MAX_INVOCATION = 1024  # bytes encoded

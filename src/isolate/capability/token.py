@@ -23,7 +23,7 @@ import threading
 from collections import OrderedDict
 from hashlib import sha256
 from hmac import compare_digest
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from attrs import evolve, field, frozen
 
@@ -32,7 +32,7 @@ from isolate.crypto import cbor
 from isolate.crypto.signing import (
     ED25519_SIGNATURE,
     Purpose,
-    VerifyingKey,
+    Signer,
     from_text,
     is_public_key,
     to_text,
@@ -49,14 +49,6 @@ ID_SIZE = 32
 _PREFIX = "isolate-token-"
 _HANDLE = b"isolate/v1/capability/handle\0"
 _MADE_HERE = object()
-
-
-class Signer(Protocol):
-    """Whoever holds a holder's private key: a SigningKey, a key file, an agent."""
-
-    @property
-    def verifying_key(self) -> VerifyingKey: ...
-    def sign(self, purpose: Purpose, message: bytes, /) -> bytes: ...
 
 
 def _malformed(message: str) -> CapabilityRefused:

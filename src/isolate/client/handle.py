@@ -31,7 +31,7 @@ from isolate.capability.scope import Scope
 from isolate.capability.token import Token
 from isolate.client.connect import certificate, expect_enclave
 from isolate.crypto import cbor
-from isolate.crypto.signing import Purpose, SigningKey, VerifyingKey
+from isolate.crypto.signing import Purpose, Signer, SigningKey, VerifyingKey
 from isolate.errors import HolderRefused, ScopeExceeded, StorageError, UsageError
 from isolate.messages.base import Refusal, Signed
 from isolate.messages.http import error_of, post
@@ -93,9 +93,6 @@ class FileSigner:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise UsageError("a signer is not copied or pickled", hint="pass its path, and open it there")
-
-
-Signer = FileSigner | SigningKey
 
 
 class Handle:

@@ -25,6 +25,7 @@ from isolate.messages.attest import Registered, RegisterRequest, ServiceCertific
 from isolate.messages.base import Message, Signed
 from isolate.messages.http import post
 from isolate.messages.owner import (
+    AssetRequest,
     AssetRule,
     Done,
     Evidence,
@@ -93,6 +94,11 @@ class Owner:
         """A handle for ``holder`` (Ed25519, 32 bytes); ``operations`` maps names to digests. Made offline."""
         scope = Scope(operations=operations, uses=uses, bytes_out=bytes_out, expires=expires)
         return grant(self._key, asset=asset, scope=scope, holder=holder)
+
+    def newest(self, asset: str) -> Registered:
+        """The newest registered epoch of an asset: its digest is what ``expect=`` takes."""
+        registered: Registered = self._ask("asset", AssetRequest(asset), Registered)
+        return registered
 
     def revoke(self, handle: bytes) -> int:
         """End the handle with this id (32 bytes), and everything narrowed from it."""

@@ -21,7 +21,7 @@ import os
 import secrets
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import nacl.bindings
 import nacl.exceptions
@@ -104,9 +104,14 @@ def is_public_key(raw: bytes) -> bool:
     return len(raw) == 32 and bool(nacl.bindings.crypto_core_ed25519_is_valid_point(raw))
 
 
+def _is_signing_input(data: bytes) -> bool:
+    # Without its newline no note (SigningKey.sign_note) can pass for a token under the same key.
+    return data.startswith(TOKEN_START) and b"\n" not in data
+
+
 def verify_token(public: bytes, signing_input: bytes, signature: bytes) -> bool:
     """Whether ``signature`` (64 bytes) is this key's EdDSA over a JWS signing input."""
-    if len(public) != 32 or len(signature) != ED25519_SIGNATURE or not signing_input.startswith(TOKEN_START):
+    if len(public) != 32 or len(signature) != ED25519_SIGNATURE or not _is_signing_input(signing_input):
         return False
     try:
         nacl.bindings.crypto_sign_open(signature + signing_input, public)
@@ -225,6 +230,14 @@ class VerifyingKey:
         return self.verify(purpose, message, classical)
 
 
+class Signer(Protocol):
+    """Whoever signs for a key: a SigningKey, a key file, an agent that never shows the key."""
+
+    @property
+    def verifying_key(self) -> VerifyingKey: ...
+    def sign(self, purpose: Purpose, message: bytes, /) -> bytes: ...
+
+
 class SigningKey:
     """The private half: one seed of 32 bytes, from which both keys are derived."""
 
@@ -275,7 +288,7 @@ class SigningKey:
 
         Such an input begins with the base64url of ``{"``, which no framed message does. Raises UsageError else.
         """
-        if not signing_input.startswith(TOKEN_START):
+        if not _is_signing_input(signing_input):
             raise UsageError("this is no JWS signing input")
         return self._ed25519.sign(signing_input)
 

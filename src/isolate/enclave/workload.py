@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from isolate.attestation.attesters.simulated import SimulatedAttester
 from isolate.attestation.evidence import Envelope, KeyDigests, Runtime, Slot, instance_id
 from isolate.attestation.result import AttestationResult
 from isolate.crypto import cbor
+from isolate.crypto.exchange import CurveKey
 from isolate.crypto.kem import Identity, Recipient
 from isolate.crypto.secret import Secret
 from isolate.crypto.signing import Purpose, SigningKey
@@ -58,29 +60,32 @@ if TYPE_CHECKING:
     from isolate import channel
     from isolate.sealed import CompartmentKeys, PublicFacts
 
+RENEW_BEFORE = 60  # seconds before a result expires
+
 
 class Workload:
     """An attested enclave. ``join`` makes it; whatever takes ``identity=`` takes it in place of an Identity."""
 
-    def __init__(self, configuration: Configuration, service: str, rank: int, attester: SimulatedAttester) -> None:
+    def __init__(self, configuration: Configuration, service: str, rank: int, inherited: socket.socket) -> None:
         self.configuration = configuration
         self._service = service
         self._identity = Identity.generate()
         self._signing = SigningKey.generate()
         self._channel_key = Secret.generate(32)
         self._contexts: dict[bytes, ReleaseContext] = {}
-        self._attest(rank, attester)
-
-    def _attest(self, rank: int, attester: SimulatedAttester) -> None:
-        from isolate.channel import public_key
-
-        public = {
+        self._rank, self._inherited = rank, inherited
+        self._attester = SimulatedAttester(inherited)
+        self._public = {
             "hpke": self._identity.recipient.raw,
             "sign": self._signing.verifying_key.to_bytes(),
-            "channel": public_key(self._channel_key),
+            "channel": CurveKey(self._channel_key).public,
         }
-        self.keys = KeyDigests.of(public)
-        asked = ChallengeRequest(secrets.token_bytes(32), self.configuration.job, rank)
+        self.keys = KeyDigests.of(self._public)
+        self._renewing = threading.Lock()
+        self._attest()
+
+    def _attest(self) -> None:
+        asked = ChallengeRequest(secrets.token_bytes(32), self.configuration.job, self._rank)
         began = time.monotonic()
         challenge = post(self._service, "challenge", asked, Challenge)
         self.certificate: ServiceCertificate = challenge.verify(
@@ -97,16 +102,25 @@ class Workload:
             purpose=self.configuration.purpose,
             slot=self.slot,
         )
-        envelope = Envelope(kind="simulated", evidence=attester.attest(runtime), runtime=runtime)
-        self.token = post(self._service, "attest", AttestRequest(envelope.encode(), public), AttestAnswer).token
+        evidence = self._attester.attest(runtime)
+        envelope = Envelope(kind="simulated", evidence=evidence, collateral=(), runtime=runtime)
+        request = AttestRequest(envelope.encode(), self._public)
+        self._token = post(self._service, "attest", request, AttestAnswer).token
         self.result: AttestationResult = results.verify(
-            self.token,
+            self._token,
             issuer_key=self.certificate.result_key.ed25519,
             now=self.now(),
             INSECURE_accept_simulated=self.configuration.INSECURE_accept_simulated,
         )
         if self.result.instance != instance_id(self.keys.digest) or self.result.slot != self.slot:
             raise ResultRefused("the service's result is for another instance")
+
+    def token(self) -> str:
+        """The result token. A result lives five minutes at most: near its end the enclave attests anew."""
+        with self._renewing:
+            if self.now() > self.result.expires - RENEW_BEFORE:
+                self._attest()
+            return self._token
 
     def now(self) -> int:
         """Unix seconds by the service's signed time."""
@@ -119,7 +133,7 @@ class Workload:
             body.encode(),
             secrets.token_bytes(32),
             self.certificate.name,
-            self.token,
+            self.token(),
         )
         return post(self._service, route, request, answer)
 
@@ -230,6 +244,7 @@ class Workload:
         event(name, **facts)
 
     def close(self) -> None:
+        self._inherited.close()
         self._channel_key.wipe()
 
     def __enter__(self) -> Self:
@@ -263,5 +278,5 @@ def join(service: str | None = None, *, job: str | None = None, rank: int | None
         raise UsageError(f"this enclave's measured configuration is for the job {configuration.job!r}")
     address = service or _environment("ISOLATE_SERVICE")
     number = rank if rank is not None else int(os.environ.get("ISOLATE_RANK", "0"))
-    with socket.socket(fileno=int(_environment("ISOLATE_ATTEST_FD"))) as inherited:
-        return Workload(configuration, address, number, SimulatedAttester(inherited))
+    inherited = socket.socket(fileno=int(_environment("ISOLATE_ATTEST_FD")))
+    return Workload(configuration, address, number, inherited)

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Self
 
-from attrs import define, frozen
+from attrs import frozen
 
 from isolate.errors import UsageError
 from isolate.messages.http import parse_address
@@ -44,13 +44,6 @@ class Route:
         return cls(name, listen, target)
 
 
-@define
-class Fault:
-    """Flip one bit of the byte at this offset of what the connecting side sends on its next connection."""
-
-    offset: int
-
-
 class Courier:
     """Runs routes until cancelled. ``record``: a folder for NAME-<n>.up and .down, one pair a connection."""
 
@@ -58,7 +51,7 @@ class Courier:
         self.routes = routes
         self.record = record
         self.connections = {route.name: 0 for route in routes}
-        self.faults: dict[str, Fault] = {}
+        self.flips: dict[tuple[str, int], int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -82,7 +75,7 @@ class Courier:
     async def _carry(self, route: Route, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         number = self.connections[route.name]
         self.connections[route.name] += 1
-        fault = self.faults.pop(route.name, None)
+        flip = self.flips.pop((route.name, number), None)
         kind, host, port = parse_address(route.target)
         try:
             if kind == "unix":
@@ -94,12 +87,12 @@ class Courier:
             return
         stem = f"{route.name}-{number}"
         await asyncio.gather(
-            self._pump(reader, far_writer, f"{stem}.up", fault),
+            self._pump(reader, far_writer, f"{stem}.up", flip),
             self._pump(far_reader, writer, f"{stem}.down", None),
         )
 
     async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str, fault: Fault | None
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str, flip: int | None
     ) -> None:
         seen = 0
         record = (self.record / name).open("wb") if self.record else None
@@ -108,9 +101,9 @@ class Courier:
                 if record:
                     record.write(data)
                     record.flush()
-                if fault and seen <= fault.offset < seen + len(data):
+                if flip is not None and seen <= flip < seen + len(data):
                     changed = bytearray(data)
-                    changed[fault.offset - seen] ^= 1
+                    changed[flip - seen] ^= 1
                     data = bytes(changed)
                 seen += len(data)
                 writer.write(data)
@@ -125,12 +118,14 @@ class Courier:
                 record.close()
 
     async def obey(self) -> None:
-        """Read commands from standard input: ``flip NAME OFFSET``, ``count``; end of input ends the courier."""
+        """Read commands from standard input, until it ends: ``count``, or ``flip NAME CONNECTION OFFSET``, which
+        changes one bit of the byte at that offset of what the connecting side sends on that connection (from 0).
+        """
         loop = asyncio.get_running_loop()
         while line := await loop.run_in_executor(None, sys.stdin.readline):
             match line.split():
-                case ["flip", name, offset] if name in self.connections and offset.isdigit():
-                    self.faults[name] = Fault(int(offset))
+                case ["flip", name, number, offset] if name in self.connections and (number + offset).isdigit():
+                    self.flips[name, int(number)] = int(offset)
                     print("armed", flush=True)
                 case ["count"]:
                     print(json.dumps({"pid": os.getpid(), "connections": self.connections}), flush=True)

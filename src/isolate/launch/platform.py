@@ -30,7 +30,7 @@ from attrs import define, field, frozen
 
 from isolate.attestation.attesters.simulated import read_frame, write_frame
 from isolate.crypto import cbor
-from isolate.errors import IsolateError, MalformedError, StorageError, UsageError
+from isolate.errors import IsolateError, MalformedError, StorageError, UnavailableError, UsageError
 from isolate.launch.measure import Measurement, registers, runtime_files, tree
 from isolate.launch.root import SimulatedModule, SimulatedRoot
 from isolate.messages.http import parse_address
@@ -134,13 +134,13 @@ class Platform:
         with contextlib.suppress(OSError, IsolateError):
             while True:
                 request = read_frame(child.socket)
-                asked = cbor.record(request, {"op": str, "user_data": bytes, "nonce": bytes})
+                asked = cbor.check(request, {"op": str, "user_data": bytes, "nonce": bytes})
                 if asked["op"] != "attest":
                     raise MalformedError("an enclave asks for evidence and nothing else")
-                answer = cbor.encode({"evidence": child.module.document(pcrs, asked["user_data"], asked["nonce"])})
+                answer = {"evidence": child.module.document(pcrs, asked["user_data"], asked["nonce"])}
                 if child.record:
                     with child.record.open("ab") as file:
-                        file.write(request + answer)
+                        file.write(cbor.encode(request) + cbor.encode(answer))
                 write_frame(child.socket, answer)
         child.socket.close()
 
@@ -193,12 +193,12 @@ class Control:
             json.dumps({"event": "connection.accepted", "peer_pid": struct.unpack("3i", credentials)[0]}),
             flush=True,
         )
-        with connection, contextlib.suppress(OSError):
+        with connection, contextlib.suppress(UnavailableError):
             try:
-                answer = self._answer(cbor.decode(read_frame(connection)))
+                answer = self._answer(read_frame(connection))
             except IsolateError as error:
                 answer = {"error": error.code, "message": error.message}
-            write_frame(connection, cbor.encode(answer))
+            write_frame(connection, answer)
 
     def _answer(self, request: Any) -> dict[str, Any]:
         match request:

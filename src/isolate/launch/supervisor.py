@@ -16,7 +16,6 @@ from typing import Any
 from attrs import frozen
 
 from isolate.attestation.attesters.simulated import read_frame, write_frame
-from isolate.crypto import cbor
 from isolate.errors import RefusedError, ServiceUnavailable
 from isolate.messages.http import parse_address
 
@@ -84,8 +83,8 @@ class Host:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(timeout)
                 connection.connect(self._path)
-                write_frame(connection, cbor.encode(request))
-                answer: dict[str, Any] = cbor.decode(read_frame(connection))
+                write_frame(connection, request)
+                answer = read_frame(connection)
         except OSError as error:
             raise ServiceUnavailable(f"the platform does not answer: {type(error).__name__}", hint="") from None
         if "error" in answer:

@@ -14,14 +14,13 @@ Spec: docs/spec/service.md, section 1.
 from __future__ import annotations
 
 import types
-from functools import cache
-from typing import Any, ClassVar, Protocol, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 import attrs
 from attrs import field, frozen
 
 from isolate.crypto import cbor
-from isolate.crypto.signing import Purpose, VerifyingKey
+from isolate.crypto.signing import Purpose, Signer, VerifyingKey
 from isolate.errors import MalformedError, RefusedError
 
 MAX_MESSAGE = 1024 * 1024  # bytes; a sealed file's header and directory are the largest parts
@@ -51,11 +50,16 @@ class Message:
         return cls(**value)
 
 
-@cache
+_HINTS: dict[Any, dict[str, Any]] = {}
+
+
 def _hints(cls: Any) -> dict[str, Any]:
+    """The types of a message's fields, worked out once a class."""
+    if cls in _HINTS:
+        return _HINTS[cls]
     hints = get_type_hints(cls)
     names = [a.name for a in attrs.fields(cls)]
-    return {name: hints[name] for name in names}
+    return _HINTS.setdefault(cls, {name: hints[name] for name in names})
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -72,14 +76,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
     # bool is an int to isinstance, never to us.
     return hint is Any or type(value) is hint
-
-
-class Signer(Protocol):
-    """A SigningKey, or whatever signs for one: a key file, an agent."""
-
-    @property
-    def verifying_key(self) -> VerifyingKey: ...
-    def sign(self, purpose: Purpose, message: bytes, /) -> bytes: ...
 
 
 @frozen

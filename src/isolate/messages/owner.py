@@ -63,6 +63,14 @@ class Evidence(Message):
 
 
 @frozen
+class AssetRequest(Message):
+    """The owner asks for the newest epoch of an asset; the answer is a Registered, at its place in the log."""
+
+    TYPE = "asset-request"
+    asset: str
+
+
+@frozen
 class LogRequest(Message):
     """``old_size`` 0 asks for no consistency proof; ``index`` None for no entry."""
 

@@ -27,7 +27,7 @@ from isolate.messages.attest import AttestRequest, CertificateRequest, Challenge
 from isolate.messages.base import MAX_MESSAGE, Message, Refusal, Signed
 from isolate.messages.http import parse_address
 from isolate.messages.invoke import BudgetRequest, ChargeRequest
-from isolate.messages.owner import AssetRule, EvidenceRequest, LogRequest, PolicyUpdate, Revoke
+from isolate.messages.owner import AssetRequest, AssetRule, EvidenceRequest, LogRequest, PolicyUpdate, Revoke
 from isolate.service.appraiser import Appraiser
 from isolate.service.broker import Broker
 from isolate.service.budgets import Budgets
@@ -58,6 +58,7 @@ class Service:
             "owner/policy": lambda body: self.appraiser.set_policy(PolicyUpdate.parse(self._owner(body))),
             "owner/rule": lambda body: self.broker.set_rule(AssetRule.parse(self._owner(body))),
             "owner/register": self._owner_register,
+            "owner/asset": lambda body: self.broker.newest(AssetRequest.parse(self._owner(body))),
             "owner/revoke": lambda body: self.budgets.revoke(Revoke.parse(self._owner(body))),
             "owner/evidence": lambda body: self.appraiser.evidence(EvidenceRequest.parse(self._owner(body))),
         }

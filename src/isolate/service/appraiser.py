@@ -2,11 +2,10 @@
 
 Spec: docs/spec/service.md, section 2.
 
-The numbered checks are those of ``isolate.attestation.appraisal``; before them stand three of the service:
+The numbered checks are those of ``isolate.attestation.appraisal``; before them stand two of the service:
 
 1. the nonce was issued by this service, has not expired, and has not been used (it is used up here);
-2. the evidence names the slot that was issued with the nonce;
-3. the public keys are those whose digests the evidence carries.
+2. the public keys are those whose digests the evidence carries.
 """
 
 from __future__ import annotations
@@ -39,16 +38,12 @@ class Appraiser:
             row = database.execute("SELECT signed FROM policy ORDER BY sequence DESC LIMIT 1").fetchone()
         if row is None:
             raise AppraisalRefused("the owner has set no policy", code="no_policy")
-        return self._open(bytes(row[0]))
-
-    def _open(self, signed: bytes) -> Policy:
-        return SignedPolicy.parse(signed).verify(self._state.owner)
+        return SignedPolicy.open(bytes(row[0]), signed_by=self._state.owner).policy
 
     def set_policy(self, update: PolicyUpdate) -> Done:
         """Put a policy into force. Raises RefusedError for a sequence that is not higher, or another lineage."""
-        policy = self._open(update.policy)
-        if policy.lineage != self._state.certificate.lineage:
-            raise RefusedError("this policy is of another lineage", code="policy_lineage")
+        lineage = self._state.certificate.lineage
+        policy = SignedPolicy.open(update.policy, signed_by=self._state.owner, lineage=lineage).policy
         with self._state.transaction() as database:
             (last,) = database.execute("SELECT max(sequence) FROM policy").fetchone()
             if last is not None and policy.sequence <= last:
@@ -91,15 +86,13 @@ class Appraiser:
         runtime = envelope.runtime
         now = self._state.clock()
         slot = self._use_challenge(runtime.nonce, now)
-        if runtime.slot != slot:
-            raise AppraisalRefused("the evidence names another slot than was issued", code="slot_mismatch")
         if set(request.keys) != KEY_PURPOSES:
             raise AppraisalRefused("an enclave has keys for hpke, sign and channel", code="keys_mismatch")
         if KeyDigests.of(request.keys).digest != runtime.keys_digest:
             raise AppraisalRefused("these are not the keys that the evidence names", code="keys_mismatch")
         VerifyingKey.from_bytes(request.keys["sign"])
         policy = self.policy()
-        appraisal = appraise(envelope, policy=policy, nonce=runtime.nonce, at=now)
+        appraisal = appraise(envelope, policy=policy, nonce=runtime.nonce, at=now, slot=slot)
         if not appraisal.accepted:
             with self._state.transaction() as database:
                 failed = [check.name for check in appraisal.checks if not check.passed]

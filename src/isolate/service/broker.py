@@ -27,10 +27,10 @@ from isolate.attestation import result as results
 from isolate.attestation.result import AttestationResult
 from isolate.crypto import cbor
 from isolate.crypto.signing import Purpose
-from isolate.errors import ReleaseRefused, ResultRefused, RolledBack, UnauthenticatedOrigin
+from isolate.errors import ReleaseRefused, ResultRefused, RolledBack, UnauthenticatedOrigin, UsageError
 from isolate.messages.attest import Registered, RegisterRequest, Release, ReleaseContext, ReleaseRequest
 from isolate.messages.base import Signed
-from isolate.messages.owner import AssetRule, Done
+from isolate.messages.owner import AssetRequest, AssetRule, Done
 from isolate.sealed.recipients import compartment_keys, open_file_key
 from isolate.service.appraiser import Appraiser
 from isolate.service.log import Log
@@ -68,20 +68,19 @@ class Broker:
             self._state.use_nonce(database, request.nonce)
             row = database.execute("SELECT keys FROM instance WHERE instance = ?", (result.instance,)).fetchone()
             slot = result.slot
-            current = (
-                slot
-                and database.execute(
-                    "SELECT current FROM slot WHERE job = ? AND rank = ?", (slot.job, slot.rank)
-                ).fetchone()
-            )
+            current = database.execute(
+                "SELECT 1 FROM slot WHERE job = ? AND rank = ? AND current = ?",
+                (slot.job, slot.rank, slot.generation) if slot else ("", -1, -1),
+            ).fetchone()
         if row is None:
             raise ResultRefused("this instance did not attest here", code="unknown_instance")
         keys: dict[str, bytes] = cbor.decode(bytes(row[0]))
         if keys["sign"] != key.to_bytes():
             raise ResultRefused("this result was given to another instance", code="stolen_result")
-        if slot is None or current is None or current[0] != slot.generation:
+        if current is None:
             raise ReleaseRefused("a later generation holds this slot", code="slot_retired")
-        if not policy.admits(result.measurement, now):
+        reference = next((one for one in policy.references if one.name == result.measurement), None)
+        if reference is not None and (reference.revoked_by(now) or not reference.valid_at(now)):
             raise ReleaseRefused("this measurement is no longer admitted", code="measurement_revoked")
         return Caller(result, keys, key.to_bytes())
 
@@ -162,10 +161,21 @@ class Broker:
             ).fetchone()
             if newest is not None and facts.epoch <= newest:
                 raise RolledBack(f"{request.asset} has epoch {newest} already; this file is epoch {facts.epoch}")
-            database.execute(
-                "INSERT INTO asset VALUES (?, ?, ?, ?, ?)",
-                (request.asset, facts.epoch, facts.digest, request.header, request.directory),
-            )
             details = {"asset": request.asset, "digest": facts.digest, "epoch": facts.epoch}
             index = self._log.append(database, "register", details)
+            database.execute(
+                "INSERT INTO asset VALUES (?, ?, ?, ?, ?, ?)",
+                (request.asset, facts.epoch, facts.digest, request.header, request.directory, index),
+            )
         return Registered(request.asset, facts.digest, facts.epoch, index)
+
+    def newest(self, request: AssetRequest) -> Registered:
+        """The newest epoch of an asset, for the owner. Raises UsageError when there is none."""
+        with self._state.transaction() as database:
+            row = database.execute(
+                "SELECT asset, digest, epoch, log_index FROM asset WHERE asset = ? ORDER BY epoch DESC LIMIT 1",
+                (request.asset,),
+            ).fetchone()
+        if row is None:
+            raise UsageError(f"no file is registered as {request.asset}")
+        return Registered(row[0], bytes(row[1]), row[2], row[3])

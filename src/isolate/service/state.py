@@ -52,7 +52,7 @@ CREATE TABLE instance (
 CREATE TABLE rule (asset TEXT PRIMARY KEY, readers BLOB NOT NULL, writers BLOB NOT NULL);
 CREATE TABLE asset (
     asset TEXT, epoch INTEGER, digest BLOB UNIQUE NOT NULL, header BLOB NOT NULL, directory BLOB NOT NULL,
-    PRIMARY KEY (asset, epoch));
+    log_index INTEGER NOT NULL, PRIMARY KEY (asset, epoch));
 CREATE TABLE account (handle BLOB PRIMARY KEY, uses INTEGER NOT NULL, bytes_out INTEGER NOT NULL);
 CREATE TABLE charged (invocation BLOB PRIMARY KEY);
 CREATE TABLE revoked (handle BLOB PRIMARY KEY);
