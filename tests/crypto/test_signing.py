@@ -61,6 +61,40 @@ def test_the_frame_is_the_one_of_the_specification() -> None:
     Ed25519PublicKey.from_public_bytes(PUBLIC.ed25519).verify(signature, b"isolate/v1/capability/grant\0message")
 
 
+NOTE = b"eyJub3RlIjoxfQ.example.com/log\n1\n"
+TOKEN = b"eyJhbGciOiJFZERTQSJ9.eyJ4IjoxfQ"
+
+
+def test_notes_tokens_and_purposes_do_not_pass_for_one_another() -> None:
+    """The two bare forms, which other people's formats prescribe, share keys with the framed form."""
+    note, token = KEY.sign_note(NOTE), KEY.sign_token(TOKEN)
+    assert signing.verify_note(PUBLIC.ed25519, NOTE, note)
+    assert signing.verify_token(PUBLIC.ed25519, TOKEN, token)
+    assert not signing.verify_token(PUBLIC.ed25519, NOTE, note)
+    for purpose in Purpose:
+        framed = b"isolate/v1/" + purpose.value.encode() + b"\0m\n"
+        signature = KEY.sign(purpose, b"m\n")
+        assert not signing.verify_note(PUBLIC.ed25519, framed, signature)
+        assert not signing.verify_token(PUBLIC.ed25519, framed, signature)
+        for message, bare in ((NOTE, note), (TOKEN, token)):
+            assert not PUBLIC.verify(purpose, message, bare)
+    for refused in (b"no newline", b"zero\0\n", b""):
+        with pytest.raises(UsageError):
+            KEY.sign_note(refused)
+    for refused in (NOTE, TOKEN + b"\n", b"isolate/v1/x\0", b""):
+        with pytest.raises(UsageError):
+            KEY.sign_token(refused)
+
+
+@pytest.mark.parametrize("size", [0, 31, 33])
+def test_bare_forms_with_keys_or_signatures_of_another_size(size: int) -> None:
+    assert not signing.verify_note(bytes(size), NOTE, bytes(64))
+    assert not signing.verify_token(bytes(size), TOKEN, bytes(64))
+    assert not signing.verify_note(PUBLIC.ed25519, NOTE, bytes(size))
+    assert not signing.verify_token(PUBLIC.ed25519, TOKEN, bytes(size))
+    assert not signing.is_public_key(bytes(size))
+
+
 def test_signing_keys_are_derived_from_the_seed() -> None:
     assert SigningKey(Secret(SEED)).verifying_key == PUBLIC
     assert OTHER.verifying_key != PUBLIC
@@ -143,6 +177,7 @@ SMALL_ORDER = [
 @pytest.mark.parametrize("point", SMALL_ORDER)
 def test_keys_of_small_order_verify_nothing(point: str) -> None:
     public = bytes.fromhex(point)
+    assert not signing.is_public_key(public)
     identity = bytes([1]) + bytes(31)
     for r in (identity, public):
         for message in (b"", b"0", b"1", b"2", b"3", b"4", b"5", b"6", b"7"):
