@@ -119,9 +119,9 @@ _SODIUM = _load_sodium()
 class Cipher:
     """One key of one suite. Shapes: ``plaintext`` n bytes, ``sealed`` n + tag_size bytes (the tag is last).
 
-    Threads may share one: no state is kept between calls. The caller never seals twice under one nonce: with
-    AES-GCM and ChaCha20-Poly1305 a repeated nonce gives away the authentication key. ``sealed`` and ``plaintext``
-    are apart or start together; any other overlap gives garbage.
+    Threads may share one: no state is kept between calls. The caller never seals twice under one nonce: in every
+    suite that gives away plaintext and lets others forge. ``sealed`` and ``plaintext`` are apart or start together;
+    any other overlap gives garbage.
     """
 
     __slots__ = ("_aead", "_key", "nonce_size", "suite", "tag_size")
