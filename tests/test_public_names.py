@@ -14,11 +14,15 @@ import pytest
 import isolate
 
 PUBLIC = [
+    "Epoch",
     "Identity",
+    "KeyWrapper",
     "Recipient",
     "SigningKey",
     "VerifyingKey",
+    "channel",
     "errors",
+    "sealed",
 ]
 
 # The names that the design promises. One that is not there yet stands in NOT_YET, and leaves it when it comes.
@@ -29,8 +33,8 @@ PROMISED = {
     "torch.SealedDataset", "torch.SealedStorageReader", "torch.SealedStorageWriter",
 }  # fmt: skip
 NOT_YET = {
-    "Epoch", "FileSigner", "Handle", "KeyWrapper", "Workload", "attach", "join",
-    "sealed.SealedWriter", "sealed.load_file", "sealed.open_folder", "sealed.safe_open", "sealed.save_file",
+    "FileSigner", "Handle", "Workload", "attach", "join",
+    "sealed.open_folder",
     "torch.SealedDataset", "torch.SealedStorageReader", "torch.SealedStorageWriter",
 }  # fmt: skip
 

@@ -15,26 +15,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isolate import errors
+    from isolate import errors, sealed
     from isolate.crypto.kem import Identity, Recipient
     from isolate.crypto.signing import SigningKey, VerifyingKey
+    from isolate.sealed.layout import Epoch
+    from isolate.sealed.recipients import KeyWrapper
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Epoch": "isolate.sealed.layout",
+    "FileSigner": "isolate.client.handle",
+    "Handle": "isolate.client.handle",
     "Identity": "isolate.crypto.kem",
+    "KeyWrapper": "isolate.sealed.recipients",
     "Recipient": "isolate.crypto.kem",
     "SigningKey": "isolate.crypto.signing",
     "VerifyingKey": "isolate.crypto.signing",
+    "Workload": "isolate.enclave.workload",
+    "attach": "isolate.client.handle",
+    "join": "isolate.enclave.workload",
 }
-_MODULES = ("errors",)
+_MODULES = ("channel", "errors", "sealed")
 
 __all__ = [
+    "Epoch",
+    "FileSigner",
+    "Handle",
     "Identity",
+    "KeyWrapper",
     "Recipient",
     "SigningKey",
     "VerifyingKey",
+    "Workload",
+    "attach",
+    "channel",
     "errors",
+    "join",
+    "sealed",
 ]
 
 

@@ -22,7 +22,10 @@ from typing import Any
 import click
 
 # Name -> module with `run(rounds: int | None, quick: bool) -> (rounds, figures)`.
-BENCHMARKS: dict[str, str] = {}
+BENCHMARKS: dict[str, str] = {
+    "sealed": "isolate.cli.bench.sealed",
+    "channels": "isolate.cli.bench.channels",
+}
 
 Figures = dict[str, float]
 

@@ -1,0 +1,229 @@
+"""Who shows what, and what is expected of the other end (docs/spec/channel.md, 4).
+
+    >>> from isolate.channel.peers import Expect
+    >>> Expect(job="train", rank=1, issuer_key=bytes(32), clock=lambda: 1_700_000_000).rank
+    1
+
+A measurement alone is no pin: an operator can run the same code twice, and divert a connection to the twin. So
+``job`` is always pinned, and ``rank`` or ``instance`` should be. Attestation says what code holds a key; it says
+nothing about the machine's administrator where the tier is ``simulated``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from attrs import field, frozen
+
+from isolate.attestation import result as results
+from isolate.attestation.evidence import KeyDigests
+from isolate.attestation.result import AttestationResult
+from isolate.crypto import cbor, signing
+from isolate.crypto.exchange import CurveKey
+from isolate.crypto.secret import Secret
+from isolate.crypto.signing import Purpose, Signer, SigningKey, VerifyingKey
+from isolate.errors import EvidenceRefused, HandshakeRefused, MalformedError, ResultRefused, UsageError
+
+MAX_TOKEN = 16 * 1024  # characters
+
+_MADE_HERE: Final = object()
+
+
+def _key_digests(keys: KeyDigests | Mapping[str, bytes]) -> KeyDigests:
+    return keys if isinstance(keys, KeyDigests) else KeyDigests.of(keys)
+
+
+@frozen(repr=False)
+class Attested:
+    """What an attested end shows: its result token and the keys that the token is about.
+
+    ``keys`` are the digests (or the public keys) by purpose; ``static`` is the X25519 private key whose public half
+    is the key "channel" among them, ``sign`` the key "sign". ``token`` may be a function, for long-lived listeners:
+    it is asked at every handshake. Raises UsageError when the two private keys are not the attested ones.
+    """
+
+    token: str | Callable[[], str]
+    keys: KeyDigests = field(converter=_key_digests)
+    static: Secret
+    sign: SigningKey
+
+    def __attrs_post_init__(self) -> None:
+        try:
+            self.keys.check("channel", CurveKey(self.static).public)
+            self.keys.check("sign", self.sign.verifying_key.to_bytes())
+        except EvidenceRefused:
+            raise UsageError("these private keys are not the ones that were attested") from None
+
+    def current(self) -> str:
+        return self.token if isinstance(self.token, str) else self.token()
+
+    def __repr__(self) -> str:
+        return f"Attested({self.sign!r})"
+
+
+@frozen
+class Holder:
+    """What a client shows: the key that its capability tokens are bound to."""
+
+    key: Signer
+
+
+@frozen
+class Expect:
+    """The pins on an attested other end; whatever does not match is HandshakeRefused.
+
+    ``rank`` and ``instance`` (32 bytes) may be None: any in the job. ``issuer_key`` (Ed25519, 32 bytes) is the
+    service's; ``clock`` answers unix seconds. ``lineage`` None takes any policy of that service. ``group`` names
+    the process group; both ends must agree on it. Raises UsageError for a pin of the wrong form.
+    """
+
+    job: str
+    rank: int | None = None
+    instance: bytes | None = None
+    issuer_key: bytes = field(kw_only=True)
+    clock: Callable[[], int] = field(kw_only=True)
+    lineage: str | None = field(default=None, kw_only=True)
+    least_sequence: int = field(default=0, kw_only=True)
+    group: str = field(default="", kw_only=True)
+    INSECURE_accept_simulated: bool = field(default=False, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if len(self.issuer_key) != 32 or (self.instance is not None and len(self.instance) != 32):
+            raise UsageError("an issuer key and an instance are 32 bytes")
+        if self.least_sequence < 0 or (self.rank is not None and self.rank < 0):
+            raise UsageError("a rank and a least sequence are not negative")
+
+
+class AttestedPeer:
+    """An attested other end, as the handshake verified it. Nothing else makes one."""
+
+    __slots__ = ("key", "result", "static")
+
+    def __init__(self, made: object, result: AttestationResult, static: bytes, key: VerifyingKey) -> None:
+        if made is not _MADE_HERE:
+            raise UsageError("only a handshake makes an AttestedPeer")
+        self.result, self.static, self.key = result, static, key
+
+    def __repr__(self) -> str:
+        return f"AttestedPeer(instance {self.result.instance.hex()[:16]}, slot {self.result.slot})"
+
+
+class HolderPeer:
+    """A client that proved its holder key (``public``, Ed25519, 32 bytes). Nothing but the handshake makes one."""
+
+    __slots__ = ("public",)
+
+    def __init__(self, made: object, public: bytes) -> None:
+        if made is not _MADE_HERE:
+            raise UsageError("only a handshake makes a HolderPeer")
+        self.public = public
+
+    def __repr__(self) -> str:
+        return f"HolderPeer({self.public.hex()[:16]})"
+
+
+@frozen
+class Statement:
+    """What both ends sign (docs/spec/channel.md, 4.3): everything that makes this session this session."""
+
+    role: str
+    hash: bytes
+    exported: bytes
+    initiator: bytes
+    responder: bytes
+    before: bytes  # SHA-256 of what the other side showed; empty for the initiator, who shows first
+
+    def encode(self, shown: Mapping[str, Any]) -> bytes:
+        return cbor.encode(
+            {
+                "role": self.role,
+                "hash": self.hash,
+                "exported": self.exported,
+                "initiator": self.initiator,
+                "responder": self.responder,
+                "before": self.before,
+                "shown": hashlib.sha256(cbor.encode(dict(shown))).digest(),
+            }
+        )
+
+
+def show(identity: Attested | Holder, statement: Statement) -> bytes:
+    """The body of A1 or A2: what is shown, and the signature that ties it to the session."""
+    if isinstance(identity, Holder):
+        shown: dict[str, Any] = {"holder": identity.key.verifying_key.ed25519}
+        key, purpose = identity.key, Purpose.CHANNEL_HOLDER
+    else:
+        token = identity.current()
+        if len(token) > MAX_TOKEN:
+            raise UsageError(f"a result token is at most {MAX_TOKEN} characters")
+        shown = {
+            "token": token,
+            "keys": identity.keys.encode(),
+            "sign": identity.sign.verifying_key.to_bytes(),
+        }
+        key, purpose = identity.sign, Purpose.CHANNEL_PEER
+    return cbor.encode({**shown, "signature": key.sign(purpose, statement.encode(shown))})
+
+
+def verify_holder(body: bytes, statement: Statement) -> HolderPeer:
+    """Read a client's A1. Raises HandshakeRefused."""
+    try:
+        shown = cbor.record(body, {"holder": bytes, "signature": bytes}, max_size=MAX_TOKEN)
+    except MalformedError:
+        raise HandshakeRefused("the peer shows no holder key", code="malformed") from None
+    signature = shown.pop("signature")
+    if not signing.verify(shown["holder"], Purpose.CHANNEL_HOLDER, statement.encode(shown), signature):
+        raise HandshakeRefused("the peer does not hold the key that it shows", code="holder_refused")
+    return HolderPeer(_MADE_HERE, shown["holder"])
+
+
+def verify_attested(body: bytes, statement: Statement, expect: Expect, static: bytes) -> AttestedPeer:
+    """Read an attested end's A1 or A2, in this order. Raises HandshakeRefused.
+
+    1. The token is the issuer's, fresh, and not simulated unless that was opted into.
+    2. The keys shown are the attested ones: their digest is the token's, the Noise static key and the signing key
+       are among them.
+    3. The signature covers this session, this role and what is shown.
+    4. The slot, instance, lineage and sequence are the pinned ones.
+    """
+    try:
+        fields: dict[str, type] = {"token": str, "keys": bytes, "sign": bytes, "signature": bytes}
+        shown = cbor.record(body, fields, max_size=2 * MAX_TOKEN)
+        result = results.verify(
+            shown["token"],
+            issuer_key=expect.issuer_key,
+            now=expect.clock(),
+            INSECURE_accept_simulated=expect.INSECURE_accept_simulated,
+        )
+        keys = KeyDigests.parse(shown["keys"])
+        if keys.digest != result.keys_digest:
+            raise HandshakeRefused("the token is about other keys", code="key_not_attested")
+        keys.check("channel", static)
+        keys.check("sign", shown["sign"])
+    except (MalformedError, ResultRefused, EvidenceRefused) as error:
+        raise HandshakeRefused(f"the peer's attestation is refused: {error.message}", code=error.code) from None
+    signature = shown.pop("signature")
+    key = VerifyingKey.from_bytes(shown["sign"])
+    if not key.verify(Purpose.CHANNEL_PEER, statement.encode(shown), signature):
+        raise HandshakeRefused("the peer's signature is not over this session", code="signature_refused")
+    check_pins(result, expect)
+    return AttestedPeer(_MADE_HERE, result, static, key)
+
+
+def check_pins(result: AttestationResult, expect: Expect) -> None:
+    """Raise HandshakeRefused unless the result is about the pinned place in the job (4.4)."""
+    slot = result.slot
+    if result.tier == "simulated" and not expect.INSECURE_accept_simulated:
+        raise HandshakeRefused("the peer's platform is simulated", code="simulated_refused")
+    if slot is None or slot.job != expect.job:
+        raise HandshakeRefused("the peer has no slot in this job", code="wrong_job")
+    if expect.rank is not None and slot.rank != expect.rank:
+        raise HandshakeRefused("the peer has another rank", code="wrong_rank")
+    if expect.instance is not None and result.instance != expect.instance:
+        raise HandshakeRefused("the peer is another instance, maybe a twin of the same code", code="wrong_instance")
+    if expect.lineage is not None and result.lineage != expect.lineage:
+        raise HandshakeRefused("the peer was appraised under another policy", code="wrong_lineage")
+    if result.sequence < expect.least_sequence:
+        raise HandshakeRefused("the peer was appraised under an older policy", code="old_policy")
