@@ -173,6 +173,28 @@ def test_small_order_key(people: Any, chain: list[Any], public: bytes) -> None:
         chain[0].attenuate(people.team, Scope(), public)
 
 
+@pytest.mark.threat("CAP-5")
+@pytest.mark.parametrize("sign", [0x00, 0x80])
+@pytest.mark.parametrize("public", SMALL_ORDER, ids=lambda raw: raw.hex()[:8])
+def test_small_order_key_in_a_block_that_somebody_else_made(
+    people: Any, chain: list[Any], public: bytes, sign: int
+) -> None:
+    public = public[:31] + bytes([public[31] | sign])
+    for number, part in ((0, "holder"), (0, "owner"), (1, "holder")):
+        block = cbor.encode(cbor.decode(chain[1].blocks[number]) | {part: public})
+        blocks = (block,) if number == 0 else (chain[1].blocks[0], block)
+        with pytest.raises(CapabilityRefused, match=f"the {part} is no Ed25519 public key"):
+            Token(blocks, chain[1].signatures[: len(blocks)])
+
+
+@pytest.mark.parametrize("holder", [b"", bytes(33), bytes([2]) + bytes(31), "x" * 32], ids=repr)
+def test_a_holder_that_is_no_key_gets_no_token(people: Any, chain: list[Any], holder: Any) -> None:
+    with pytest.raises(CapabilityRefused, match="no Ed25519 public key"):
+        grant(people.owner, asset="a", scope=Scope(operations={}), holder=holder)
+    with pytest.raises(CapabilityRefused, match="no Ed25519 public key"):
+        chain[0].attenuate(people.team, Scope(), holder)
+
+
 @pytest.mark.threat("CAP-6")
 def test_another_owner_and_a_forged_owner(chain: list[Any], people: Any, now: int) -> None:
     with pytest.raises(CapabilityRefused, match="another owner"):

@@ -35,6 +35,7 @@ from isolate.crypto.signing import (
     Signer,
     from_text,
     is_public_key,
+    is_small_order,
     to_text,
 )
 from isolate.crypto.signing import verify as verify_signature
@@ -45,6 +46,7 @@ MAX_TOKEN = 4096  # bytes encoded
 MAX_ASSET = 128  # characters
 NONCE_SIZE = 16
 ID_SIZE = 32
+KEY_SIZE = 32
 
 _PREFIX = "isolate-token-"
 _HANDLE = b"isolate/v1/capability/handle\0"
@@ -90,8 +92,9 @@ class Block:
         if len(value["nonce"]) != NONCE_SIZE:
             raise _malformed(f"a nonce is {NONCE_SIZE} bytes")
         for name in ("holder", "owner"):
-            # A key of small order would let anyone sign for its holder: it has no place in a chain.
-            if name in value and not is_public_key(value[name]):
+            # Such a key would let anyone sign for its holder. libsodium refuses it as well, but only when it
+            # verifies; whether the key is on the curve at all may wait until then.
+            if name in value and (len(value[name]) != KEY_SIZE or is_small_order(value[name])):
                 raise _malformed(f"the {name} is no Ed25519 public key")
         scope = Scope.from_value(value["scope"])
         if not first:
@@ -176,7 +179,7 @@ class Token:
             raise HolderRefused("only the holder of a token's last block can narrow it or pass it on")
         if _depths(self.claims)[-1] <= 0:
             raise CapabilityRefused("this handle may not be passed on any further", code="depth_exceeded")
-        block = Block(scope, self.holder if holder is None else holder, _nonce(nonce)).encode()
+        block = Block(scope, self.holder if holder is None else _check_holder(holder), _nonce(nonce)).encode()
         handle = _handles((*self.blocks, block))[-1]
         signature = holder_key.sign(Purpose.BLOCK, handle)
         return Token((*self.blocks, block), (*self.signatures, signature))
@@ -220,9 +223,16 @@ def _nonce(nonce: bytes | None) -> bytes:
     return secrets.token_bytes(NONCE_SIZE) if nonce is None else nonce
 
 
+def _check_holder(holder: bytes) -> bytes:
+    if not is_public_key(holder):
+        raise _malformed("the holder is no Ed25519 public key")
+    return holder
+
+
 def grant(owner: Signer, *, asset: str, scope: Scope, holder: bytes, nonce: bytes | None = None) -> Token:
     """The owner's grant: a chain of one block. ``scope`` must name its operations. Raises CapabilityRefused."""
-    block = Block(scope, holder, _nonce(nonce), owner.verifying_key.ed25519, _check_asset(asset)).encode()
+    claim = Block(scope, _check_holder(holder), _nonce(nonce), owner.verifying_key.ed25519, _check_asset(asset))
+    block = claim.encode()
     return Token((block,), (owner.sign(Purpose.GRANT, _handles((block,))[0]),))
 
 
@@ -328,7 +338,7 @@ def verify(token: Token | bytes, owner: bytes, *, now: int, cache: ChainCache | 
     Raises CapabilityRefused. ``cache`` remembers 1 to 5 for these very bytes; give it the encoded token, and
     even parsing is saved.
     """
-    if len(owner) != 32:
+    if len(owner) != KEY_SIZE:
         raise UsageError("the owner's public key is 32 bytes")
     raw = token.encode() if isinstance(token, Token) else bytes(token)
     key = sha256(owner + raw).digest()
