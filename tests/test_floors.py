@@ -51,7 +51,7 @@ KEEPERS = {
 
 # An enclave process may load these top-level packages of others, and no more: the trusted base.
 TRUSTED = {
-    "_cffi_backend", "attr", "attrs", "cbor2", "cffi", "cryptography", "jwt", "nacl", "numpy", "structlog",
+    "_cffi_backend", "attr", "attrs", "blake3", "cbor2", "cffi", "cryptography", "jwt", "nacl", "numpy", "structlog",
     "typing_extensions",
 }  # fmt: skip
 

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from isolate import errors, sealed
     from isolate.crypto.kem import Identity, Recipient
     from isolate.crypto.signing import SigningKey, VerifyingKey
-    from isolate.sealed.layout import Epoch
+    from isolate.sealed.directory import Epoch
     from isolate.sealed.recipients import KeyWrapper
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Epoch": "isolate.sealed.layout",
+    "Epoch": "isolate.sealed.directory",
     "FileSigner": "isolate.client.handle",
     "Handle": "isolate.client.handle",
     "Identity": "isolate.crypto.kem",

@@ -19,7 +19,15 @@ from isolate.errors import IsolateError, UsageError
 
 # Command -> module of this package that defines it. Loaded when used: `isolate keygen` loads no server.
 COMMANDS = {
+    "measure": "isolate.cli.measure",
+    "serve": "isolate.cli.serve",
+    "inspect": "isolate.cli.sealed",
+    "keygen": "isolate.cli.keys",
+    "rewrap": "isolate.cli.sealed",
+    "seal": "isolate.cli.sealed",
+    "unseal": "isolate.cli.sealed",
     "bench": "isolate.cli.bench",
+    "demo": "isolate.cli.demo",
 }
 
 
