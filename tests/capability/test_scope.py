@@ -222,3 +222,13 @@ def test_a_scope_cannot_be_changed_through_what_it_was_made_of() -> None:
 def test_a_range_is_of_integers_in_order(least: Any, most: Any) -> None:
     with pytest.raises(UsageError):
         Range(least, most)
+
+
+@pytest.mark.threat("CAP-13")
+def test_a_limit_that_nobody_enforces_is_refused() -> None:
+    known = {"operations", "parameters", "uses", "bytes_out", "not_before", "expires", "depth"}
+    Scope(operations={}, uses=1, depth=0).require_enforced(known)
+    for limit in ({"rates": {60: 1}}, {"minimum_group": 0}, {"outputs": {}}):
+        with pytest.raises(CapabilityRefused) as caught:
+            Scope(operations={}, **limit).require_enforced(known)
+        assert caught.value.code == "not_enforced"

@@ -18,7 +18,7 @@ seconds, sizes are bytes, and every number is an integer of 0 to 2**63 - 1 (a pa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Self, TypeAlias, TypeVar
 
@@ -214,6 +214,23 @@ class Scope:
         if self.expires is not None and now >= self.expires:
             raise CapabilityRefused(
                 f"this handle expired at {self.expires} (unix seconds)", code="expired", hint="ask for a new one"
+            )
+
+    def require_enforced(self, enforced: Collection[str]) -> None:
+        """Raise CapabilityRefused if a limit is present that the caller does not enforce, by name of the field.
+
+        Whoever decides calls this once with what it does enforce: a limit that is passed over is a widening.
+
+        >>> Scope(uses=1).require_enforced({"uses"})
+        >>> Scope(uses=1, minimum_group=10).require_enforced({"uses"})
+        Traceback (most recent call last):
+        isolate.errors.CapabilityRefused: this handle has limits that are not enforced here: minimum_group
+        """
+        present = {attribute.name for attribute in fields(Scope) if getattr(self, attribute.name) is not None}
+        missing = sorted(present - set(enforced))
+        if missing:
+            raise CapabilityRefused(
+                f"this handle has limits that are not enforced here: {', '.join(missing)}", code="not_enforced"
             )
 
     def is_within(self, other: Scope) -> bool:
