@@ -15,9 +15,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isolate import errors, sealed
+    from isolate import channel, errors, sealed
+    from isolate.client.handle import FileSigner, Handle, attach
     from isolate.crypto.kem import Identity, Recipient
     from isolate.crypto.signing import SigningKey, VerifyingKey
+    from isolate.enclave.workload import Workload, join
     from isolate.sealed.directory import Epoch
     from isolate.sealed.recipients import KeyWrapper
 

@@ -35,7 +35,7 @@ MAX_APPLICATION_BYTES = 1024 * 1024 * 1024
 _INNER = ("crypto", "sealed", "attestation", "capability", "transparency", "channel", "messages", "enclave")
 _INNER_FILES = ("__init__.py", "errors.py")
 # What those floors need, as distributions.
-_DISTRIBUTIONS = ("attrs", "cbor2", "cffi", "cryptography", "numpy", "PyJWT", "PyNaCl")
+_DISTRIBUTIONS = ("attrs", "blake3", "cbor2", "cffi", "cryptography", "numpy", "PyJWT", "PyNaCl")
 # Parts of the standard library that no enclave loads and that vary from build to build.
 _NO_STDLIB = {
     "site-packages",

@@ -59,13 +59,15 @@ class Enclave:
 
     def event(self, *names: str, timeout: float = 30.0) -> dict[str, Any]:
         """The first event of one of these names; waits for it. Raises RefusedError when it does not come."""
-        end = time.monotonic() + timeout
+        end, ask = time.monotonic() + timeout, 0.0
         while True:
-            exited = time.monotonic() > end or self.wait(0) is not None
+            over = time.monotonic() > end
+            if not over and time.monotonic() > ask:
+                over, ask = self.wait(0) is not None, time.monotonic() + 0.5
             for event in self.events():
                 if event["event"] in names:
                     return event
-            if exited:
+            if over:
                 raise RefusedError(f"enclave {self.name} printed none of {', '.join(names)}", code="no_event")
             time.sleep(0.02)
 
