@@ -51,8 +51,8 @@ KEEPERS = {
 
 # An enclave process may load these top-level packages of others, and no more: the trusted base.
 TRUSTED = {
-    "_cffi_backend", "_openssl", "_sodium", "attr", "attrs", "blake3", "cbor2", "cffi", "cryptography", "jwt", "nacl",
-    "numpy", "structlog", "typing_extensions",
+    "_cffi_backend", "_openssl", "_sodium", "attr", "attrs", "blake3", "cbor2", "cffi", "cryptography", "jwt",
+    "nacl", "numpy", "structlog", "typing_extensions",
 }  # fmt: skip
 
 MAX_LINES = 500
