@@ -1,4 +1,4 @@
-"""The format stands still: a token and an invocation to the byte, and a reader that knows only the specification."""
+"""The format stands still: a token and an invocation to the byte, read by a reader made from the specification."""
 
 from __future__ import annotations
 
