@@ -219,7 +219,7 @@ def verify(
     _require(formed, 1, "malformed", "the result token is malformed")
     _require(shape == HEADER, 2, "header", "the result token has another algorithm or header")
     try:
-        _JWS.decode(token, issuer_key, algorithms=["EdDSA"])  # type: ignore[arg-type]
+        _JWS.decode(token, issuer_key, algorithms=["EdDSA"])
         signed = True
     except jwt.PyJWTError:
         signed = False

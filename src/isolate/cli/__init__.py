@@ -27,6 +27,7 @@ COMMANDS = {
     "seal": "isolate.cli.sealed",
     "unseal": "isolate.cli.sealed",
     "bench": "isolate.cli.bench",
+    "verify": "isolate.cli.verify",
     "demo": "isolate.cli.demo",
 }
 

@@ -146,6 +146,17 @@ def verify_chain(chain: Sequence[Certificate], *, at: int) -> int:
     return min(int(one.not_valid_after_utc.timestamp()) for one in chain)
 
 
+def crl_next_update(data: bytes) -> float:
+    """The unix second at which a revocation list (DER) ends. Raises MalformedError. Nothing is verified."""
+    try:
+        ends = x509.load_der_x509_crl(data).next_update_utc
+    except ValueError:
+        ends = None
+    if ends is None:
+        raise MalformedError("this is no revocation list with an end")
+    return ends.timestamp()
+
+
 def verify_p384(certificate: Certificate, message: bytes, signature: bytes) -> bool:
     """Whether ``signature`` (96 bytes, r || s big-endian) over ``message`` is ES384 by the certificate's key."""
     key = certificate.public_key()

@@ -17,8 +17,12 @@ from isolate.attestation.claims import Verifier
 from isolate.errors import UsageError
 
 GROUP = "isolate.verifiers"
-OURS = {
+OURS = {  # kind -> module of this package
     "simulated": "simulated",
+    "nitro": "nitro",
+    "sev-snp": "sev_snp",
+    "tdx": "tdx",
+    "nvidia-gpu": "nvidia",
 }
 
 

@@ -19,6 +19,7 @@ from isolate.errors import MalformedError
 
 ES384 = -35  # RFC 9053, 2.1
 ALGORITHM, CRITICAL, CONTENT_TYPE = 1, 2, 3  # header labels, RFC 9052, 3.1
+SIGN1_TAG = 18
 _MAX_DEPTH = 8
 
 

@@ -1,0 +1,167 @@
+"""Intel TDX quotes, versions 4 and 5, through dcap-qvl (the extra ``tdx``; docs/spec/evidence.md, 4.4).
+
+    >>> from isolate.attestation.verifiers.tdx import verify
+    >>> verify(bytes(1000), at=0)
+    Traceback (most recent call last):
+    isolate.errors.EvidenceRefused: this is no quote of version 4 or 5 (check 1)
+
+The checks, in order:
+
+1. form: a quote of version 4 or 5 with an ECDSA P-256 key;
+2. kind: of a TDX module, not of an SGX enclave;
+3. length: the quote ends where it says; zeros after it are stripped and reported, anything else refuses;
+4. debug: no debug or profiled TD: the operator of one reads its memory;
+5. anchor: Intel's pinned root is among the trusted ones;
+6. collateral: one JSON document, of which nothing has expired at the time of verification;
+7. quote: dcap-qvl accepts chain, CRLs, TCB info, QE identity and signatures at that time.
+
+Nothing is fetched. dcap-qvl's own texts are not repeated, as they could be the attacker's.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from isolate.attestation.claims import VerifiedClaims, require, verifier, vouch
+from isolate.attestation.roots import PINNED, root
+from isolate.crypto import x509
+from isolate.errors import MissingExtra
+
+KIND = "tdx"
+MAX_SIZE = 32 * 1024
+MAX_COLLATERAL = 128 * 1024
+_HEADER = 48
+_BODY_V4 = 584
+_TEE_TDX = 0x81
+_ECDSA_P256 = 2
+_DEBUG_BITS = 0xFF  # td_attributes, "TD under debug": bit 0 DEBUG, the others reserved or profiling
+_MIGRATABLE = 1 << 29
+
+
+def _end(quote: bytes) -> int:
+    """Where the quote says that it ends, or -1."""
+    if int.from_bytes(quote[:2], "little") == 4:
+        at = _HEADER + _BODY_V4
+    else:
+        at = _HEADER + 6 + int.from_bytes(quote[_HEADER + 2 : _HEADER + 6], "little")
+    if at + 4 > len(quote):
+        return -1
+    return at + 4 + int.from_bytes(quote[at : at + 4], "little")
+
+
+def _attributes(quote: bytes) -> int:
+    """td_attributes: 120 bytes into the body, in every version."""
+    body = _HEADER if int.from_bytes(quote[:2], "little") == 4 else _HEADER + 6
+    return int.from_bytes(quote[body + 120 : body + 128], "little")
+
+
+def _unix(text: object) -> float:
+    return datetime.datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
+
+
+def _collateral(pieces: Sequence[bytes]) -> tuple[str, float] | None:
+    """The JSON text and the unix second at which its first part ends, unverified; None when it is none."""
+    if len(pieces) != 1 or len(pieces[0]) > MAX_COLLATERAL:
+        return None
+    try:
+        text = pieces[0].decode("utf-8")
+        value = json.loads(text)
+        ends = [_unix(json.loads(value[name])["nextUpdate"]) for name in ("tcb_info", "qe_identity")]
+        ends += [x509.crl_next_update(bytes.fromhex(value[name])) for name in ("root_ca_crl", "pck_crl")]
+    # Hostile JSON: missing keys, other types, odd dates, deep nesting.
+    except Exception:  # noqa: BLE001
+        return None
+    return text, min(ends)
+
+
+def _judge(quote: bytes, collateral: str, at: int) -> Mapping[str, Any] | None:
+    """dcap-qvl's claims, or None when it refuses. Raises MissingExtra."""
+    try:
+        import dcap_qvl
+    except ImportError:
+        raise MissingExtra("TDX quotes need dcap-qvl", hint="pip install isolate-confidential[tdx]") from None
+    try:
+        checker = dcap_qvl.QuoteVerifier(root("intel-sgx-root"))
+        # Every status is let through here: which are admitted is the owner's policy.
+        policy = dcap_qvl.QuotePolicy.claims_only(at)
+        parsed = dcap_qvl.QuoteCollateralV3.from_json(collateral)
+        claims: dict[str, Any] = json.loads(checker.verify_with_policy(quote, parsed, at, policy).to_json())
+    # It raises ValueError; a panic inside comes as pyo3's PanicException, a BaseException.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        return None
+    return claims
+
+
+@verifier(max_size=MAX_SIZE)
+def verify(
+    evidence: bytes, *, at: int, anchors: Sequence[bytes] | None = None, collateral: Sequence[bytes] = ()
+) -> VerifiedClaims:
+    """Verify a quote offline at the unix second ``at``; ``collateral`` is dcap-qvl's JSON, one piece.
+
+    Raises EvidenceRefused, and MissingExtra without dcap-qvl.
+    """
+    version, key_type = int.from_bytes(evidence[:2], "little"), int.from_bytes(evidence[2:4], "little")
+    sgx = int.from_bytes(evidence[4:8], "little") == 0 and version in (3, 4, 5)
+    require(not sgx, 2, "kind", "an SGX quote is no TDX quote")
+    formed = version in (4, 5) and key_type == _ECDSA_P256 and len(evidence) >= _HEADER + _BODY_V4
+    require(formed, 1, "form", "this is no quote of version 4 or 5")
+    require(int.from_bytes(evidence[4:8], "little") == _TEE_TDX, 2, "kind", "this is no quote of a TDX module")
+
+    end = _end(evidence)
+    tail = evidence[end:] if 0 < end <= len(evidence) else b"\xff"
+    require(not any(tail), 3, "length", "the quote does not end where it says")
+    quote = evidence[:end]
+
+    require(not _attributes(quote) & _DEBUG_BITS, 4, "debug", "a debug TD: its operator reads its memory")
+
+    trusted = PINNED[KIND] if anchors is None else anchors
+    require(PINNED[KIND][0] in trusted, 5, "anchor", "Intel's root is not among the trusted ones")
+
+    found = _collateral(collateral)
+    text, ends = found or ("", 0.0)
+    require(found is not None, 6, "collateral", "a TDX quote takes one piece of collateral: dcap-qvl's JSON")
+    require(at <= ends, 6, "collateral_expired", "the collateral has expired at the time of verification")
+
+    claims = _judge(quote, text, at)
+    require(claims is not None, 7, "quote", "the quote does not verify with this collateral at this time")
+    return _vouch(claims or {}, len(tail))
+
+
+def _vouch(claims: Mapping[str, Any], stripped: int) -> VerifiedClaims:
+    report = next(iter(claims["report"].values()))
+    raw = {name: bytes.fromhex(value) for name, value in report.items() if isinstance(value, str)}
+    pck, svns = claims["platform"]["pck"], raw["tee_tcb_svn"]
+    registers = {"MRTD": "mr_td", "RTMR0": "rt_mr0", "RTMR1": "rt_mr1", "RTMR2": "rt_mr2", "RTMR3": "rt_mr3"}
+    owners = {"mr_owner": raw["mr_owner"], "mr_owner_config": raw["mr_owner_config"]}
+    attributes = int.from_bytes(raw["td_attributes"], "little")
+    expires = min(claims["earliest_expiration_date"], claims["qe_iden_earliest_expiration_date"])
+    notes = ["how new the collateral is, within its own validity"]
+    if stripped:
+        notes.append(f"{stripped} zero bytes after the quote: stripped, no part of what was signed")
+    return vouch(
+        kind=KIND,
+        tier="hardware",
+        product="TDX",
+        measurements={**{name: raw[key] for name, key in registers.items()}, "MRSEAM": raw["mr_seam"]},
+        binding=raw["report_data"],
+        expires=expires,
+        platform=bytes(pck.get("platform_instance_id") or pck["ppid"]),
+        tcb={**{f"svn{index}": svn for index, svn in enumerate(svns)}, "pce_svn": pck["pce_svn"]},
+        smt=_tristate(pck.get("smt_enabled")),
+        migration=bool(attributes & _MIGRATABLE),
+        status=claims["tcb"]["status"],
+        advisories=tuple(map(str, claims["tcb"]["advisory_ids"])),
+        signers={name: digest for name, digest in owners.items() if any(digest)},
+        host_data=raw["mr_config_id"] if any(raw["mr_config_id"]) else b"",
+        not_checked=tuple(notes),
+    )
+
+
+def _tristate(word: object) -> bool | None:
+    """dcap-qvl's True, False or Undefined."""
+    return {"True": True, "False": False}.get(str(word))
