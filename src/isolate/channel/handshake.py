@@ -37,9 +37,10 @@ from isolate.channel.peers import (
     verify_attested,
     verify_holder,
 )
-from isolate.channel.record import HEADER, Kind, Opener, RekeyLimits, Sealer
+from isolate.channel.record import HEADER, HEADER_SIZE, Kind, Opener, RekeyLimits, Sealer
+from isolate.channel.standing import Standing
 from isolate.crypto import cbor
-from isolate.crypto.aead import Suite, preferred_suite
+from isolate.crypto.aead import Pin, Suite, preferred_suite
 from isolate.crypto.exchange import CurveKey
 from isolate.crypto.kdf import Label, derive
 from isolate.errors import HandshakeRefused, IsolateError, MalformedError, RecordRefused, UsageError
@@ -100,20 +101,18 @@ TABLE: dict[tuple[State, Event], tuple[State, str]] = {
 class Session:
     """What a finished handshake leaves: the peer, the keys of both directions, and ``binding`` (32 bytes)."""
 
-    __slots__ = ("binding", "opener", "peer", "sealer", "suite")
+    __slots__ = ("binding", "opener", "sealer", "standing", "suite")
 
     def __init__(
-        self,
-        made: object,
-        peer: AttestedPeer | HolderPeer,
-        suite: Suite,
-        sealer: Sealer,
-        opener: Opener,
-        binding: bytes,
+        self, made: object, standing: Standing, suite: Suite, sealer: Sealer, opener: Opener, binding: bytes
     ) -> None:
         if made is not _MADE_HERE:
             raise UsageError("only a handshake makes a Session")
-        self.peer, self.suite, self.sealer, self.opener, self.binding = peer, suite, sealer, opener, binding
+        self.standing, self.suite, self.sealer, self.opener, self.binding = standing, suite, sealer, opener, binding
+
+    @property
+    def peer(self) -> AttestedPeer | HolderPeer:
+        return self.standing.peer
 
 
 @frozen
@@ -366,7 +365,11 @@ class Handshake:
         self._secret.wipe()
         ours, theirs = (forth, back) if self.initiator else (back, forth)
         sealer, opener = Sealer(suite, ours, self._rekey), Opener(suite, theirs)
-        self._session = Session(_MADE_HERE, peer, suite, sealer, opener, binding)
+        role = "initiator" if self.initiator else "responder"
+        standing = Standing(
+            peer, identity=self._identity, expect=self._expect, statement=self._statement(role, b"")
+        )
+        self._session = Session(_MADE_HERE, standing, suite, sealer, opener, binding)
 
     def _fin(self) -> bytes:
         session = self._need_session()
@@ -376,7 +379,9 @@ class Handshake:
         session = self._need_session()
         if len(body) != session.suite.tag_size:
             raise HandshakeRefused("a FIN is empty", code="malformed")
-        session.opener.open(HEADER.pack(Kind.FIN, 0, 0, 0), body, bytearray())
+        pin = Pin(HEADER_SIZE + len(body))
+        pin.view[:] = HEADER.pack(Kind.FIN, 0, 0, 0) + body
+        session.opener.open(pin, 0, Kind.FIN, memoryview(bytearray()))
 
     def _need_session(self) -> Session:
         if self._session is None:

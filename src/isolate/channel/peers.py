@@ -76,7 +76,11 @@ class Expect:
 
     ``rank`` and ``instance`` (32 bytes) may be None: any in the job. ``issuer_key`` (Ed25519, 32 bytes) is the
     service's; ``clock`` answers unix seconds. ``lineage`` None takes any policy of that service. ``group`` names
-    the process group; both ends must agree on it. Raises UsageError for a pin of the wrong form.
+    the process group; both ends must agree on it.
+
+    While the session lives: it ends when the peer's token ran out more than ``max_stale`` seconds ago and no newer
+    one was shown, and when ``recheck`` raises an error of ours, which is asked every ``recheck_every`` seconds
+    (whether the measurement was revoked, say). Raises UsageError for a pin of the wrong form.
     """
 
     job: str
@@ -88,6 +92,9 @@ class Expect:
     least_sequence: int = field(default=0, kw_only=True)
     group: str = field(default="", kw_only=True)
     INSECURE_accept_simulated: bool = field(default=False, kw_only=True)
+    max_stale: float | None = field(default=3600.0, kw_only=True)
+    recheck: Callable[[AttestedPeer], None] | None = field(default=None, kw_only=True)
+    recheck_every: float = field(default=30.0, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if len(self.issuer_key) != 32 or (self.instance is not None and len(self.instance) != 32):

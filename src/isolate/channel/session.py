@@ -1,8 +1,8 @@
-"""A channel without I/O: what goes out as records, what comes in as requests for bytes (channel.md, 5 and 6).
+"""A channel without I/O: what goes out as records, and what the bytes that came in mean (channel.md, 5 to 7).
 
-Blocking sockets, asyncio and the shared-memory ring drive the same two generators: ``outgoing`` yields each record
-to send, ``incoming`` yields how many bytes must lie in the inbox before it can go on. So there is one place that
-says what a record means.
+Blocking sockets, asyncio and the shared-memory ring all drive one Endpoint: ``outgoing`` yields the records of a
+message, ``pull`` says how many bytes must lie in the inbox before it can go on. So there is one place that says
+what a record means.
 
     >>> from isolate.channel.session import Inbox
     >>> inbox = Inbox()
@@ -15,221 +15,273 @@ says what a record means.
 from __future__ import annotations
 
 import os
+import re
 import struct
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
 from isolate.channel.handshake import Session
+from isolate.channel.peers import AttestedPeer, HolderPeer
 from isolate.channel.record import HEADER_SIZE, PART_SIZE, SMALL, Kind
-from isolate.crypto.aead import Suite, as_bytes
+from isolate.crypto.aead import Pin, Suite, as_bytes
 from isolate.crypto.secret import wipe
 from isolate.errors import ChannelClosed, ChannelTruncated, RecordRefused, UsageError
 
 MAX_MESSAGE = 2**30  # bytes that recv() allocates for one message at most; recv_into() has its buffer's length
+MAX_CODE = 64
+MAX_ATTEST = 128 * 1024
 _LENGTH = struct.Struct(">Q")
 
 
 def flat(data: Any) -> memoryview:
     """A view in bytes of a buffer or a torch CPU tensor. Raises UsageError for anything else."""
-    try:
-        return as_bytes(data)
-    except TypeError:
-        pass
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(data, torch.Tensor):
         if data.device.type != "cpu" or not data.is_contiguous():
             raise UsageError("a tensor must be contiguous and on the CPU")
         return as_bytes(data.detach().reshape(-1).view(torch.uint8).numpy())
-    raise UsageError(f"a {type(data).__name__} has no bytes to send or to fill")
+    return as_bytes(data)
 
 
 class Inbox:
     """Bytes that came in and are not yet opened, contiguous. Grows once, to the size of the largest record."""
 
-    __slots__ = ("_buffer", "_end", "_start", "_view")
+    __slots__ = ("end", "pin", "start")
 
     def __init__(self) -> None:
-        self._buffer = bytearray(SMALL)
-        self._view = memoryview(self._buffer)
-        self._start = self._end = 0
+        self.pin = Pin(2 * SMALL)
+        self.start = self.end = 0
 
     def __len__(self) -> int:
-        return self._end - self._start
+        return self.end - self.start
 
     def space(self, need: int) -> memoryview:
-        """Where to put what comes next, so that ``need`` bytes lie here: that many, or up to SMALL for few."""
-        missing = need - (self._end - self._start)
-        room = max(missing, SMALL - (self._end - self._start))
-        if self._start and self._end + room > len(self._buffer):
-            left = self._end - self._start
-            # Bytes that were read ahead; fewer than SMALL.
-            self._buffer[:left] = self._buffer[self._start : self._end]
-            self._start, self._end = 0, left
-        if self._end + room > len(self._buffer):
-            old = self._buffer[: self._end]
-            self._view.release()
-            self._buffer = bytearray(PART_SIZE + 2 * SMALL)
-            self._buffer[: self._end] = old
-            self._view = memoryview(self._buffer)
-        return self._view[self._end : self._end + room]
+        """Where to put what comes next, so that ``need`` bytes lie here: what is missing, or up to SMALL."""
+        have = self.end - self.start
+        room = max(need - have, SMALL - have)
+        if self.end + room > len(self.pin.raw):
+            pin = self.pin if have + room <= len(self.pin.raw) else Pin(PART_SIZE + 2 * SMALL)
+            # What was read ahead, at most SMALL bytes.
+            pin.view[:have] = self.pin.view[self.start : self.end]
+            self.pin, self.start, self.end = pin, 0, have
+        return self.pin.view[self.end : self.end + room]
 
     def added(self, count: int) -> None:
-        self._end += count
+        self.end += count
 
-    def peek(self, start: int, end: int) -> memoryview:
-        return self._view[self._start + start : self._start + end]
+    def take(self, count: int) -> bytes:
+        """The first ``count`` bytes, for small things."""
+        taken = bytes(self.pin.view[self.start : self.start + count])
+        self.drop(count)
+        return taken
 
     def drop(self, count: int) -> None:
-        self._start += count
-        if self._start == self._end:
-            self._start = self._end = 0
+        self.start += count
+        if self.start == self.end:
+            self.start = self.end = 0
 
 
 class Endpoint:
-    """One end of a channel after its handshake, without I/O. Not made by users: streams make it.
+    """One end of a channel after its handshake, without I/O. A transport drives it; users hold a Channel.
 
-    ``peer`` is whom the handshake verified, ``binding`` (32 bytes) what invocations are bound to.
+    ``message`` is what ``pull`` completed: bytes read into the caller's buffer, or a new bytearray.
     """
 
     def __init__(self, session: Session, inbox: Inbox) -> None:
-        self.peer = session.peer
         self.binding = session.binding
         self.suite: Suite = session.suite
-        self._sealer, self._opener = session.sealer, session.opener
-        self._inbox = inbox
+        self.standing = session.standing
+        self._sealer, self._opener, self._inbox = session.sealer, session.opener, inbox
+        # Held around each call of a cipher, and never while waiting: so that keys are not wiped under one.
+        self._sealing, self._opening = threading.Lock(), threading.Lock()
+        self.message: int | bytearray = 0
         self._long: int | None = None
+        self._view: memoryview | None = None
+        self._whole: bytearray | None = None
+        self._done = 0
         self._over: str | None = None
-        self._peer_closed = False
+        self._closed_by_peer: str | None = None
         self.forked = False
         _LIVE.add(self)
 
-    # Ends.
-
-    def end(self, why: str) -> None:
-        """No byte goes in or out any more; the keys are gone. Saying why again changes nothing."""
-        if self._over is None:
-            self._over = why
-            self._sealer.wipe()
-            self._opener.wipe()
+    @property
+    def peer(self) -> AttestedPeer | HolderPeer:
+        return self.standing.peer
 
     @property
     def over(self) -> bool:
         return self._over is not None
+
+    @property
+    def midway(self) -> bool:
+        """Whether a record or a long message has come in part."""
+        return self._view is not None or len(self._inbox) > 0
+
+    def end(self, why: str) -> None:
+        """No byte goes in or out any more; keys, and a message that came in part, are wiped."""
+        if self._over is None:
+            self._over = why
+        with self._sealing:
+            self._sealer.wipe()
+        with self._opening:
+            self._opener.wipe()
+            if self._view is not None:
+                wipe(self._view)
+                self._view = None
+
+    def after_fork(self) -> None:
+        """In the child: its copies of keys and counters would repeat nonces. Locks may be held by nobody there."""
+        self.forked = True
+        self._sealing, self._opening = threading.Lock(), threading.Lock()
+        self.end("the process forked, and the channel stays with the parent")
 
     def check_open(self) -> None:
         if self._over is not None:
             raise ChannelClosed(f"this channel is over: {self._over}")
 
     def truncated(self) -> ChannelTruncated:
-        """The transport ended: the error to raise. An end that was announced raises ChannelClosed elsewhere."""
+        """The transport ended, and nobody had said so: the error to raise."""
         self.end("the transport ended without an authenticated close")
         return ChannelTruncated("the transport ended without an authenticated close")
 
-    # Out.
+    # Out. Each record is to be sent whole before the next one is made.
+
+    def _seal(self, kind: Kind, data: memoryview) -> memoryview:
+        with self._sealing:
+            self.check_open()
+            return self._sealer.seal(kind, data)
+
+    def _rekey(self) -> memoryview:
+        with self._sealing:
+            self.check_open()
+            return self._sealer.rekey()
+
+    def single(self, data: memoryview) -> memoryview | None:
+        """The one record of a message that takes one record, and no other before it; else None."""
+        if len(data) > PART_SIZE or self._sealer.due(len(data)):
+            return None
+        return self._seal(Kind.DATA, data)
 
     def outgoing(self, data: memoryview) -> Iterator[memoryview]:
-        """Records for one message; each is to be sent whole before the next is asked for."""
-        sealer, size = self._sealer, len(data)
-        if size <= PART_SIZE:
-            if sealer.due(size):
-                yield sealer.rekey()
-            yield sealer.seal(Kind.DATA, data)
-            return
-        yield sealer.seal(Kind.LONG, _LENGTH.pack(size))
-        for start in range(0, size, PART_SIZE):
-            if sealer.due(PART_SIZE):
-                yield sealer.rekey()
-            yield sealer.seal(Kind.PART, data[start : start + PART_SIZE])
+        """The records of any message."""
+        size = len(data)
+        if size > PART_SIZE:
+            if self._sealer.due(_LENGTH.size):
+                yield self._rekey()
+            yield self._seal(Kind.LONG, memoryview(_LENGTH.pack(size)))
+        for start in range(0, max(size, 1), PART_SIZE):
+            part = data[start : start + PART_SIZE]
+            if self._sealer.due(len(part)):
+                yield self._rekey()
+            yield self._seal(Kind.PART if size > PART_SIZE else Kind.DATA, part)
 
-    def closing(self) -> memoryview:
-        return self._sealer.seal(Kind.CLOSE)
+    def closing(self, code: str = "") -> memoryview:
+        return self._seal(Kind.CLOSE, memoryview(code.encode("ascii", "replace")[:MAX_CODE]))
+
+    def attesting(self, *, now: bool = False) -> memoryview | None:
+        """An ATTEST record, when there is a newer token to show."""
+        body = self.standing.again(self._sealer.sequence, now=now)
+        return None if body is None else self._seal(Kind.ATTEST, memoryview(body))
 
     # In.
 
-    def incoming(self, target: memoryview | None, result: list[Any]) -> Iterator[int]:
-        """Read one message into ``target`` (or a new bytearray), and append what it is: bytes read, or the array.
+    def pull(self, target: memoryview | None) -> int:
+        """Go on with one message into ``target`` (or a new bytearray, for None).
 
-        Yields how many bytes must lie in the inbox. Raises ChannelClosed after the peer's close, RecordRefused and
-        UsageError (``target`` is too small; the message is still there for another one).
+        Answers how many bytes must lie in the inbox, or 0 when ``message`` is complete. Raises RecordRefused,
+        HandshakeRefused (a refused ATTEST), ChannelClosed (the peer closed) and UsageError (``target`` is too
+        small; the message is still there for another one).
         """
         inbox, opener = self._inbox, self._opener
         while True:
-            if self._peer_closed:
-                raise ChannelClosed("the peer closed the channel")
-            if self._long is not None:
-                yield from self._parts(target, result)
-                return
-            yield HEADER_SIZE
-            header = bytes(inbox.peek(0, HEADER_SIZE))
-            kind, size = opener.parse(header)
-            if kind is Kind.DATA and target is not None and size > len(target):
-                raise UsageError(f"the message has {size} bytes, the buffer {len(target)}")
+            if self._closed_by_peer is not None:
+                why = f": {self._closed_by_peer}" if self._closed_by_peer else ""
+                raise ChannelClosed(f"the peer closed the channel{why}")
+            if self._long is not None and self._view is None:
+                self._begin_long(self._long, target)
+            have = inbox.end - inbox.start
+            if have < HEADER_SIZE:
+                return HEADER_SIZE
+            kind, size = opener.parse(inbox.pin.raw, inbox.start)
             total = HEADER_SIZE + size + opener.tag_size
-            yield total
-            if kind is Kind.DATA:
-                out: Any = bytearray(size) if target is None else target[:size]
-                opener.open(header, inbox.peek(HEADER_SIZE, total), out)
+            if kind is Kind.DATA and self._view is None:
+                if target is not None and size > len(target):
+                    raise UsageError(f"the message has {size} bytes, the buffer {len(target)}")
+                if have < total:
+                    return total
+                if target is None:
+                    self.message = bytearray(size)
+                    self._open(kind, memoryview(self.message))
+                else:
+                    self.message = size
+                    self._open(kind, target[:size])
                 inbox.drop(total)
-                result.append(out if target is None else size)
-                return
-            self._control(kind, header, size, inbox.peek(HEADER_SIZE, total))
+                return 0
+            self._check_place(kind, size)
+            if have < total:
+                return total
+            if kind is Kind.PART:
+                view: Any = self._view
+                self._open(kind, view[self._done : self._done + size])
+                self._done += size
+            else:
+                self._control(kind, size)
             inbox.drop(total)
+            if self._view is not None and self._done == len(self._view):
+                self.message = self._done if self._whole is None else self._whole
+                self._long = self._view = self._whole = None
+                return 0
 
-    def _control(self, kind: Kind, header: bytes, size: int, sealed: memoryview) -> None:
-        if size != {Kind.LONG: _LENGTH.size, Kind.REKEY: 0, Kind.CLOSE: 0}.get(kind):
-            raise RecordRefused("a record of this kind or length is out of place")
-        body = bytearray(size)
-        self._opener.open(header, sealed, body)
-        if kind is Kind.CLOSE:
-            self._peer_closed = True
+    def _open(self, kind: Kind, out: memoryview) -> None:
+        with self._opening:
+            self.check_open()
+            self._opener.open(self._inbox.pin, self._inbox.start, kind, out)
+
+    def _check_place(self, kind: Kind, size: int) -> None:
+        """Which kinds may come where, and how long they are: checked before their bytes are waited for."""
+        if self._view is not None:
+            left = len(self._view) - self._done
+            allowed = (kind is Kind.PART and size == min(PART_SIZE, left)) or (kind is Kind.REKEY and size == 0)
         elif kind is Kind.LONG:
-            (length,) = _LENGTH.unpack(body)
-            if length <= PART_SIZE:
-                raise RecordRefused("a long message is longer than one record")
-            self._long = length
+            allowed = size == _LENGTH.size
+        elif kind is Kind.ATTEST:
+            allowed = size <= MAX_ATTEST
+        else:
+            allowed = (kind is Kind.CLOSE and size <= MAX_CODE) or (kind is Kind.REKEY and size == 0)
+        if not allowed:
+            raise RecordRefused("a record of this kind or length is out of place")
 
-    def _parts(self, target: memoryview | None, result: list[Any]) -> Iterator[int]:
-        length, inbox, opener = self._long or 0, self._inbox, self._opener
+    def _control(self, kind: Kind, size: int) -> None:
+        body, number = bytearray(size), self._opener.sequence
+        self._open(kind, memoryview(body))
+        if kind is Kind.CLOSE:
+            code = body.decode("ascii", "replace")
+            self._closed_by_peer = code if re.fullmatch(r"[a-z_]*", code) else "no reason"
+        elif kind is Kind.ATTEST:
+            self.standing.renew(bytes(body), number)
+        elif kind is Kind.LONG:
+            (self._long,) = _LENGTH.unpack(body)
+            if self._long <= PART_SIZE:
+                raise RecordRefused("a long message is longer than one record")
+
+    def _begin_long(self, length: int, target: memoryview | None) -> None:
         if length > (MAX_MESSAGE if target is None else len(target)):
             limit = f"recv() takes {MAX_MESSAGE}" if target is None else f"the buffer has {len(target)}"
             raise UsageError(f"the message has {length} bytes, and {limit}")
-        out = bytearray(length) if target is None else None
-        view = memoryview(out) if out is not None else target[:length]  # type: ignore[index]
-        done = 0
-        try:
-            while done < length:
-                yield HEADER_SIZE
-                header = bytes(inbox.peek(0, HEADER_SIZE))
-                kind, size = opener.parse(header)
-                if kind is not Kind.REKEY and (kind is not Kind.PART or size != min(PART_SIZE, length - done)):
-                    raise RecordRefused("a part of a long message has another kind or length")
-                total = HEADER_SIZE + size + opener.tag_size
-                yield total
-                if kind is Kind.REKEY:
-                    self._control(kind, header, size, inbox.peek(HEADER_SIZE, total))
-                else:
-                    opener.open(header, inbox.peek(HEADER_SIZE, total), view[done : done + size])
-                    done += size
-                inbox.drop(total)
-        finally:
-            # A message comes whole or not at all, also when the reader stops waiting for the rest of it.
-            if done < length:
-                wipe(view)
-                self.end("a message was cut off in its middle")
-        self._long = None
-        result.append(length if out is None else out)
+        self._whole = bytearray(length) if target is None else None
+        self._view = memoryview(self._whole) if self._whole is not None else target[:length]  # type: ignore[index]
+        self._done = 0
 
 
 _LIVE: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 
 
 def _poison_after_fork() -> None:
-    """A child that went on with the same keys and counters would repeat nonces: its copies are dead."""
     for endpoint in list(_LIVE):
-        endpoint.forked = True
-        endpoint.end("the process forked, and the channel stays with the parent")
+        endpoint.after_fork()
 
 
 os.register_at_fork(after_in_child=_poison_after_fork)

@@ -16,9 +16,9 @@ import errno
 import os
 import socket
 import struct
+import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -28,12 +28,13 @@ from isolate.channel.peers import Attested, AttestedPeer, Expect, Holder, Holder
 from isolate.channel.record import HEADER_SIZE, RekeyLimits
 from isolate.channel.session import Endpoint, Inbox, flat
 from isolate.crypto.aead import Suite
+from isolate.crypto.secret import wipe
 from isolate.errors import (
     ChannelClosed,
     ChannelError,
     ChannelTimeout,
     HandshakeRefused,
-    IsolateError,
+    RecordRefused,
     StorageError,
     UnavailableError,
     UsageError,
@@ -79,8 +80,11 @@ class _Wire:
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def fill(self, need: int, deadline: float | None) -> bool:
-        """Read until ``need`` bytes are there; False at the end of the transport. Raises ChannelTimeout."""
+    def fill(self, need: int, deadline: float | None = None) -> bool:
+        """Read until ``need`` bytes are there; False at the end of the transport. Raises ChannelTimeout.
+
+        The kernel bounds one wait; ``deadline``, or the timeout from the first wait that was too short, bounds all.
+        """
         inbox = self.inbox
         while (missing := need - len(inbox)) > 0:
             space = inbox.space(need)
@@ -93,8 +97,12 @@ class _Wire:
             if not count:
                 return False
             inbox.added(count)
-            if deadline is not None and len(inbox) < need and time.monotonic() > deadline:
-                raise ChannelTimeout("the peer sends too slowly")
+            if len(inbox) < need and self.timeout is not None:
+                now = time.monotonic()
+                if deadline is None:
+                    deadline = now + self.timeout
+                elif now > deadline:
+                    raise ChannelTimeout("the peer sends too slowly")
         return True
 
     def send(self, data: memoryview | bytes) -> bool:
@@ -141,9 +149,7 @@ class _Wire:
             _set_timeout(self.sock, left)
         if not self.fill(size, deadline):
             raise HandshakeRefused("the peer went away during the handshake", code="peer_gone")
-        body = bytes(self.inbox.peek(0, size))
-        self.inbox.drop(size)
-        return body
+        return self.inbox.take(size)
 
 
 class Channel:
@@ -179,64 +185,122 @@ class Channel:
     def send(self, data: Buffer) -> None:
         """Send one message: bytes, a memoryview, a numpy array, a torch CPU tensor (C-contiguous)."""
         view = flat(data)
+        end = self._end
         # Before the lock too: in a forked child a thread that is not there may hold it.
-        self._end.check_open()
+        end.check_open()
         with self._sending:
-            self._end.check_open()
-            try:
-                for record in self._end.outgoing(view):
-                    if not self._wire.send(record):
-                        self._drop()
-                        raise self._end.truncated()
-            except ChannelTimeout:
-                # Part of a record may be out: nothing can follow it.
-                self._end.end("sending timed out")
-                self._drop()
-                raise
+            end.check_open()
+            self._look()
+            record = end.single(view)
+            if record is not None:
+                self._put(record)
+                return
+            for record in end.outgoing(view):
+                self._put(record)
+
+    def _put(self, record: memoryview) -> None:
+        try:
+            if self._wire.send(record):
+                return
+        except ChannelTimeout:
+            # Part of a record may be out: nothing can follow it.
+            self._fail("sending timed out")
+            raise
+        if self._end.over:
+            raise ChannelClosed("this channel was closed while it sent")
+        self._drop()
+        raise self._end.truncated()
 
     def recv(self) -> bytearray:
         """The next message, whole."""
-        received: bytearray = self._receive(None)
-        return received
+        received: Any = self._receive(None)
+        return received  # type: ignore[no-any-return]
 
     def recv_into(self, buffer: Buffer) -> int:
         """The next message into ``buffer``; answers its length. One that is longer raises UsageError and stays."""
         view = flat(buffer)
         if view.readonly:
             raise UsageError("the buffer is read-only")
-        count: int = self._receive(view)
-        return count
+        count: Any = self._receive(view)
+        return count  # type: ignore[no-any-return]
 
-    def _receive(self, target: memoryview | None) -> Any:
-        result: list[Any] = []
-        wire = self._wire
-        self._end.check_open()
+    def _receive(self, target: memoryview | None) -> int | bytearray:
+        end, wire = self._end, self._wire
+        end.check_open()
         with self._receiving:
-            self._end.check_open()
+            end.check_open()
+            self._show_again()
             try:
-                steps: Iterator[int] = self._end.incoming(target, result)
-                for need in steps:
-                    if len(wire.inbox) >= need:
-                        continue
-                    deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
-                    if not wire.fill(need, deadline):
-                        if self._end.over:
+                while need := end.pull(target):
+                    if not wire.fill(need):
+                        if end.over:
                             raise ChannelClosed("this channel was closed while it waited")
                         self._drop()
-                        raise self._end.truncated()
+                        raise end.truncated()
+                message = end.message
             except ChannelTimeout:
                 # Nothing came: one may ask again. A record that came in part never came whole in time: over, since
                 # who bends a length would otherwise have the reader wait for ever.
-                if len(wire.inbox) or self._end.over:
-                    self._end.end("a record did not come whole in time")
-                    self._drop()
+                if end.midway:
+                    self._fail("a record did not come whole in time")
                 raise
-            except IsolateError as error:
-                if not isinstance(error, UsageError | ChannelClosed):
-                    self._end.end(error.message)
-                    self._drop()
+            except RecordRefused as error:
+                self._fail(error.message)
                 raise
-        return result[0]
+            except HandshakeRefused as error:
+                self._refuse(error)
+                raise
+            except ChannelClosed:
+                self._fail("the peer closed it")
+                raise
+            except BaseException:
+                # An interrupt in the middle of a long message: the rest of it cannot be told from the next one.
+                if end.midway and not isinstance(sys.exception(), UsageError):
+                    self._fail("reading was interrupted")
+                raise
+            try:
+                self._look()
+            except HandshakeRefused:
+                wipe(target if isinstance(message, int) else message)  # type: ignore[arg-type]
+                raise
+        return message
+
+    def _look(self) -> None:
+        """End a session whose peer is no longer admitted. Raises HandshakeRefused."""
+        try:
+            self._end.standing.look()
+        except HandshakeRefused as error:
+            self._refuse(error)
+            raise
+
+    def _show_again(self) -> None:
+        """Show a newer token of ours, if there is one and nobody is sending: the next call will otherwise."""
+        if self._end.standing.renews and self._sending.acquire(blocking=False):
+            try:
+                record = self._end.attesting()
+                if record is not None:
+                    self._put(record)
+            finally:
+                self._sending.release()
+
+    def reattest(self) -> None:
+        """Show our newest token now. The peer checks it before it takes anything that comes after."""
+        self._end.check_open()
+        with self._sending:
+            record = self._end.attesting(now=True)
+            if record is None:
+                raise UsageError("this end is not attested")
+            self._put(record)
+
+    def _refuse(self, error: HandshakeRefused) -> None:
+        """Tell the peer a code, if it can still be told, and end."""
+        with contextlib.suppress(ChannelError):
+            self._wire.send(self._end.closing(error.code))
+        self._fail(error.message)
+
+    def _fail(self, why: str) -> None:
+        self._end.end(why)
+        self._drop()
 
     def close(self) -> None:
         """Tell the peer that this is the end, and end; what the peer still sends is lost. Twice does no harm."""
