@@ -53,17 +53,21 @@ def test_aegis_256_vectors(path: str, vectors: Path) -> None:
     assert (opened, refused) == (5, 4)
 
 
-def test_a_wrong_known_answer_leaves_the_public_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", ["encrypts nothing", "opens anything", "is not there"])
+def test_a_wrong_known_answer_leaves_the_public_functions(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     from nacl import _sodium
 
     class Library:
-        def crypto_aead_aegis256_encrypt(self, out: object, *_: object) -> int:
-            return 0
+        if fault != "is not there":
+            crypto_aead_aegis256_decrypt = staticmethod(_sodium.lib.crypto_aead_aegis256_decrypt)
+        crypto_aead_aegis256_encrypt = staticmethod(_sodium.lib.crypto_aead_aegis256_encrypt)
 
-        def crypto_aead_aegis256_decrypt(self, *_: object) -> int:
-            return 0
-
-    monkeypatch.setattr(_sodium, "lib", Library())
+    if fault == "encrypts nothing":
+        monkeypatch.setattr(Library, "crypto_aead_aegis256_encrypt", lambda *_: 0)
+    if fault == "opens anything":
+        decrypt = Library.crypto_aead_aegis256_decrypt
+        monkeypatch.setattr(Library, "crypto_aead_aegis256_decrypt", lambda *given: min(decrypt(*given), 0) * 0)
+    monkeypatch.setattr(_sodium, "lib", Library)
     assert aead._load_sodium() is None
 
 

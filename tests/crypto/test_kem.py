@@ -88,6 +88,7 @@ def test_every_truncation_and_extension_is_refused(identity: Identity) -> None:
 
 def test_another_info_or_identity_does_not_open(identity: Identity) -> None:
     boxed = identity.recipient.seal(b"file key", info=b"info")
+    assert identity.open(boxed, info=b"info").equals(b"file key")
     for info in (b"", b"inf", b"info\0"):
         with pytest.raises(NoRecipient):
             identity.open(boxed, info=info)
