@@ -81,9 +81,10 @@ def fingerprint(certificate: Certificate | bytes) -> bytes:
 
 
 def subject(certificate: Certificate) -> str:
-    """The common name, for a message; never a reason to trust."""
+    """The common name, for a message; never a reason to trust. What could steer a terminal is a question mark."""
     names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return str(names[0].value)[:64] if names else "unnamed"
+    text = str(names[0].value)[:64] if names else "unnamed"
+    return "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in text)
 
 
 def issued_by(certificate: Certificate, issuer: Certificate) -> bool:
