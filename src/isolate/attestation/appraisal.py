@@ -38,24 +38,18 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
 from typing import NoReturn
 
 from attrs import frozen
 
-from isolate.attestation import verifiers
+from isolate.attestation.case import Case, Mode, short, verify_part
 from isolate.attestation.claims import VerifiedClaims
 from isolate.attestation.evidence import PROFILE, Envelope, Part, Slot, gpu_nonce
 from isolate.attestation.manifest import admitted
 from isolate.attestation.policy import Policy, Reference, Rules
-from isolate.errors import AppraisalRefused, IsolateError, RefusedError, UsageError
+from isolate.errors import AppraisalRefused, RefusedError, UsageError
 
-
-class Mode(StrEnum):
-    """LIVE decides about a release. REPLAY reads a stored record at its own time; no result comes of it."""
-
-    LIVE = "live"
-    REPLAY = "replay"
+__all__ = ["CHECKS", "Appraisal", "Check", "Mode", "appraise", "compare"]
 
 
 @frozen
@@ -107,52 +101,20 @@ class Appraisal:
             raise AppraisalRefused(str(one), code=f"appraisal_{one.name.replace('-', '_')}")
 
 
-@frozen
-class _Device:
-    """One piece of evidence with what its verifier said."""
-
-    part: Part
-    claims: VerifiedClaims | None
-    problem: str
-
-
-@frozen
-class _Case:
-    """Everything the checks look at."""
-
-    envelope: Envelope | None
-    problem: str
-    devices: tuple[_Device, ...]  # the CPU first
-    policy: Policy
-    references: tuple[Reference, ...]
-    nonce: bytes | None
-    slot: Slot | None
-    purpose: str | None
-    mode: Mode
-    at: int
-
-    @property
-    def claims(self) -> VerifiedClaims | None:
-        return self.devices[0].claims if self.devices else None
-
-    def matching(self, claims: VerifiedClaims) -> list[Reference]:
-        return [one for one in self.references if one.kind == claims.kind and one.matches(claims.measurements)]
-
-
 Finding = tuple[bool, str, str]  # passed, expected, found
-CHECKS: list[tuple[int, str, Callable[[_Case], Finding]]] = []
+CHECKS: list[tuple[int, str, Callable[[Case], Finding]]] = []
 _NOTHING = (False, "authentic evidence", "none")
 
 
-def _numbered(number: int, name: str) -> Callable[[Callable[[_Case], Finding]], Callable[[_Case], Finding]]:
-    def enter(check: Callable[[_Case], Finding]) -> Callable[[_Case], Finding]:
+def _numbered(number: int, name: str) -> Callable[[Callable[[Case], Finding]], Callable[[Case], Finding]]:
+    def enter(check: Callable[[Case], Finding]) -> Callable[[Case], Finding]:
         CHECKS.append((number, name, check))
         return check
 
     return enter
 
 
-def _each(case: _Case, look: Callable[[VerifiedClaims, Rules], Finding]) -> Finding:
+def _each(case: Case, look: Callable[[VerifiedClaims, Rules], Finding]) -> Finding:
     """Apply ``look`` to every device; the first that fails is the finding."""
     last = _NOTHING
     for device in case.devices:
@@ -164,14 +126,8 @@ def _each(case: _Case, look: Callable[[VerifiedClaims, Rules], Finding]) -> Find
     return last
 
 
-def _hex(value: bytes | None) -> str:
-    if value is None:
-        return "none"
-    return value.hex() if len(value) <= 8 else f"{value[:8].hex()}.. ({len(value)} bytes)"
-
-
 @_numbered(1, "envelope")
-def _envelope(case: _Case) -> Finding:
+def _envelope(case: Case) -> Finding:
     if case.envelope is None:
         return False, "an envelope", case.problem
     runtime = case.envelope.runtime
@@ -181,7 +137,7 @@ def _envelope(case: _Case) -> Finding:
 
 
 @_numbered(2, "simulated")
-def _simulated(case: _Case) -> Finding:
+def _simulated(case: Case) -> Finding:
     tiers = {one.claims.tier if one.claims else _tier(one.part.kind) for one in case.devices}
     found = "simulated evidence" if "simulated" in tiers else "hardware evidence"
     passed = "simulated" not in tiers or case.policy.INSECURE_accept_simulated
@@ -193,7 +149,7 @@ def _tier(kind: str) -> str:
 
 
 @_numbered(3, "authentic")
-def _authentic(case: _Case) -> Finding:
+def _authentic(case: Case) -> Finding:
     if not case.devices:
         return _NOTHING
     device = case.devices[0]
@@ -201,36 +157,36 @@ def _authentic(case: _Case) -> Finding:
 
 
 @_numbered(4, "binding")
-def _binding(case: _Case) -> Finding:
+def _binding(case: Case) -> Finding:
     if case.envelope is None or case.claims is None:
         return _NOTHING
     expected, found = case.envelope.runtime.binding(), case.claims.binding
-    return hmac.compare_digest(expected, found), _hex(expected), _hex(found)
+    return hmac.compare_digest(expected, found), short(expected), short(found)
 
 
 @_numbered(5, "nonce")
-def _nonce(case: _Case) -> Finding:
+def _nonce(case: Case) -> Finding:
     if case.envelope is None:
         return _NOTHING
     found = case.envelope.runtime.nonce
     if case.nonce is None:
         passed = case.mode is Mode.REPLAY or not case.policy.require_nonce
-        return passed, "a nonce issued for this session", _hex(found)
-    return hmac.compare_digest(case.nonce, found), _hex(case.nonce), _hex(found)
+        return passed, "a nonce issued for this session", short(found)
+    return hmac.compare_digest(case.nonce, found), short(case.nonce), short(found)
 
 
 @_numbered(6, "evidence-nonce")
-def _evidence_nonce(case: _Case) -> Finding:
+def _evidence_nonce(case: Case) -> Finding:
     if case.envelope is None or case.claims is None:
         return _NOTHING
     expected, found = case.envelope.runtime.nonce, case.claims.nonce
     if found is None:
         return True, "none, or the session's", "none"
-    return hmac.compare_digest(expected, found), _hex(expected), _hex(found)
+    return hmac.compare_digest(expected, found), short(expected), short(found)
 
 
 @_numbered(7, "fresh")
-def _fresh(case: _Case) -> Finding:
+def _fresh(case: Case) -> Finding:
     if case.claims is None:
         return _NOTHING
     made = case.claims.timestamp
@@ -242,7 +198,7 @@ def _fresh(case: _Case) -> Finding:
 
 
 @_numbered(8, "purpose")
-def _purpose(case: _Case) -> Finding:
+def _purpose(case: Case) -> Finding:
     if case.envelope is None:
         return _NOTHING
     found = case.envelope.runtime.purpose
@@ -252,7 +208,7 @@ def _purpose(case: _Case) -> Finding:
 
 
 @_numbered(9, "slot")
-def _slot(case: _Case) -> Finding:
+def _slot(case: Case) -> Finding:
     if case.envelope is None:
         return _NOTHING
     found = case.envelope.runtime.slot
@@ -264,7 +220,7 @@ def _slot_text(slot: Slot | None) -> str:
 
 
 @_numbered(10, "debug")
-def _debug(case: _Case) -> Finding:
+def _debug(case: Case) -> Finding:
     return _each(
         case,
         lambda claims, rules: (
@@ -276,7 +232,7 @@ def _debug(case: _Case) -> Finding:
 
 
 @_numbered(11, "configuration")
-def _configuration(case: _Case) -> Finding:
+def _configuration(case: Case) -> Finding:
     def look(claims: VerifiedClaims, rules: Rules) -> Finding:
         if claims.migration and not rules.allow_migration:
             return False, "no migration", "migration allowed by the guest's policy"
@@ -290,7 +246,7 @@ def _configuration(case: _Case) -> Finding:
 
 
 @_numbered(12, "tcb")
-def _tcb(case: _Case) -> Finding:
+def _tcb(case: Case) -> Finding:
     def look(claims: VerifiedClaims, rules: Rules) -> Finding:
         if rules.least_svn and (claims.svn is None or claims.svn < rules.least_svn):
             return False, f"SVN at least {rules.least_svn}", f"SVN {claims.svn}"
@@ -308,7 +264,7 @@ def _tcb(case: _Case) -> Finding:
 
 
 @_numbered(13, "status")
-def _status(case: _Case) -> Finding:
+def _status(case: Case) -> Finding:
     def look(claims: VerifiedClaims, rules: Rules) -> Finding:
         if claims.status is not None and claims.status not in rules.statuses:
             return False, f"status in {list(rules.statuses)}", claims.status
@@ -319,30 +275,30 @@ def _status(case: _Case) -> Finding:
 
 
 @_numbered(14, "signers")
-def _signers(case: _Case) -> Finding:
+def _signers(case: Case) -> Finding:
     def look(claims: VerifiedClaims, rules: Rules) -> Finding:
         if rules.signers and not set(rules.signers) & set(claims.signers.values()):
-            return False, "an admitted signer", ", ".join(map(_hex, claims.signers.values())) or "none"
+            return False, "an admitted signer", ", ".join(map(short, claims.signers.values())) or "none"
         if rules.host_data and claims.host_data not in rules.host_data:
-            return False, "admitted host data", _hex(claims.host_data)
+            return False, "admitted host data", short(claims.host_data)
         return True, "admitted", "admitted"
 
     return _each(case, look)
 
 
 @_numbered(15, "platform")
-def _platform(case: _Case) -> Finding:
+def _platform(case: Case) -> Finding:
     def look(claims: VerifiedClaims, rules: Rules) -> Finding:
         if claims.product in rules.denied_products:
             return False, "a product that is not denied", claims.product
         passed = not rules.platforms or claims.platform in rules.platforms
-        return passed, "a platform of the allow-list", _hex(claims.platform)
+        return passed, "a platform of the allow-list", short(claims.platform)
 
     return _each(case, look)
 
 
 @_numbered(16, "measurement")
-def _measurement(case: _Case) -> Finding:
+def _measurement(case: Case) -> Finding:
     def look(claims: VerifiedClaims, rules: Rules) -> Finding:
         matching = case.matching(claims)
         if matching:
@@ -364,16 +320,16 @@ def _difference(known: Sequence[Reference], found: Mapping[str, bytes]) -> Findi
         return [name for name, value in reference.registers.items() if found.get(name) != value]
 
     nearest = min(known, key=lambda one: len(odd(one)))
-    expected = ", ".join(f"{name} {_hex(nearest.registers[name])}" for name in odd(nearest))
+    expected = ", ".join(f"{name} {short(nearest.registers[name])}" for name in odd(nearest))
     return (
         False,
         f"{nearest.name}: {expected}",
-        ", ".join(f"{name} {_hex(found.get(name))}" for name in odd(nearest)),
+        ", ".join(f"{name} {short(found.get(name))}" for name in odd(nearest)),
     )
 
 
 @_numbered(17, "validity")
-def _validity(case: _Case) -> Finding:
+def _validity(case: Case) -> Finding:
     def look(claims: VerifiedClaims, rules: Rules) -> Finding:
         matching = case.matching(claims)
         passed = not matching or any(one.valid_at(case.at) for one in matching)
@@ -383,7 +339,7 @@ def _validity(case: _Case) -> Finding:
 
 
 @_numbered(18, "revocation")
-def _revocation(case: _Case) -> Finding:
+def _revocation(case: Case) -> Finding:
     def look(claims: VerifiedClaims, rules: Rules) -> Finding:
         revoked = [one.name for one in case.matching(claims) if one.revoked_by(case.at)]
         return not revoked, "no revoked reference", ", ".join(revoked) or "none"
@@ -392,7 +348,7 @@ def _revocation(case: _Case) -> Finding:
 
 
 @_numbered(19, "submods")
-def _submods(case: _Case) -> Finding:
+def _submods(case: Case) -> Finding:
     if case.envelope is None:
         return _NOTHING
     named = [(one.kind, one.digest) for one in case.envelope.runtime.submods]
@@ -405,7 +361,7 @@ def _submods(case: _Case) -> Finding:
 
 
 @_numbered(20, "submods-authentic")
-def _submods_authentic(case: _Case) -> Finding:
+def _submods_authentic(case: Case) -> Finding:
     for device in case.devices[1:]:
         if device.claims is None:
             return False, f"authentic {device.part.kind} evidence", device.problem
@@ -413,29 +369,15 @@ def _submods_authentic(case: _Case) -> Finding:
 
 
 @_numbered(21, "submods-bound")
-def _submods_bound(case: _Case) -> Finding:
+def _submods_bound(case: Case) -> Finding:
     if case.envelope is None:
         return _NOTHING
     expected = gpu_nonce(case.envelope.runtime.nonce, case.envelope.runtime.keys_digest)
     for device in case.devices[1:]:
         found = b"" if device.claims is None else device.claims.binding
         if not hmac.compare_digest(expected, found):
-            return False, _hex(expected), _hex(found)
+            return False, short(expected), short(found)
     return True, "the derived nonce in each", f"{max(len(case.devices) - 1, 0)} submodules"
-
-
-def _verify(part: Part, policy: Policy, at: int, anchors: Mapping[str, Sequence[bytes]]) -> _Device:
-    pinned = policy.simulated_anchors if part.kind == "simulated" else anchors.get(part.kind)
-    try:
-        claims = verifiers.find(part.kind)(part.evidence, at=at, anchors=pinned, collateral=part.collateral)
-    except IsolateError as error:
-        return _Device(part, None, error.message)
-    # A verifier of another distribution may raise anything; evidence that makes it do so is not authentic.
-    except Exception:  # noqa: BLE001
-        return _Device(part, None, "the verifier failed")
-    if claims.kind != part.kind:
-        return _Device(part, None, "the verifier answered for another kind")
-    return _Device(part, claims, "")
 
 
 EVIDENCE_ALONE = frozenset({2, 3, 7, *range(10, 19)})  # what can be asked without a runtime map
@@ -454,14 +396,14 @@ def compare(
 
     The answer is the claims, or None where the evidence is not authentic, and those checks.
     """
-    device = _verify(part, policy, at, anchors or {})
+    device = verify_part(part, policy, at, anchors or {})
     references = (*policy.references, *admitted(manifests, policy))
-    case = _Case(None, "", (device,), policy, references, None, None, None, mode, at)
+    case = Case(None, "", (device,), policy, references, None, None, None, mode, at)
     checks = (Check(number, name, *check(case)) for number, name, check in CHECKS if number in EVIDENCE_ALONE)
     return device.claims, tuple(checks)
 
 
-def _reference(case: _Case) -> str:
+def _reference(case: Case) -> str:
     """The name of the reference that the CPU's evidence matches, a valid one first."""
     matching = [] if case.claims is None else case.matching(case.claims)
     names = [one.name for one in sorted(matching, key=lambda one: not one.valid_at(case.at))]
@@ -494,10 +436,10 @@ def appraise(
         except RefusedError as error:
             problem = error.message
     parts = () if parsed is None else (parsed.main, *parsed.parts)
-    case = _Case(
+    case = Case(
         envelope=parsed,
         problem=problem,
-        devices=tuple(_verify(one, policy, at, anchors or {}) for one in parts),
+        devices=tuple(verify_part(one, policy, at, anchors or {}) for one in parts),
         policy=policy,
         references=(*policy.references, *admitted(manifests, policy)),
         nonce=nonce,

@@ -123,16 +123,15 @@ def _may_issue(certificate: Certificate, below: int) -> bool:
 def verify_chain(chain: Sequence[Certificate], *, at: int) -> int:
     """Check a chain, leaf first and root last; the answer is the second at which its first member expires.
 
-    Each is signed by the next and the last by itself; all are valid at ``at``; all but the leaf may issue, within
-    their path lengths; no critical extension is unknown. Whether the root is trusted is the caller's question.
-    Raises MalformedError with the reason.
+    Each is signed by the next; all are valid at ``at``; all but the leaf may issue, within their path lengths; no
+    critical extension is unknown. Whether the root is trusted is the caller's question, which its bytes answer:
+    its signature by itself would say nothing. Raises MalformedError with the reason.
     """
     if not 1 < len(chain) <= MAX_CERTIFICATES:
         raise MalformedError("a certificate chain has between 2 and 16 members")
     for depth, certificate in enumerate(chain):
-        issuer = chain[min(depth + 1, len(chain) - 1)]
-        if not issued_by(certificate, issuer):
-            raise MalformedError(f"certificate {subject(certificate)} is not signed by {subject(issuer)}")
+        if depth + 1 < len(chain) and not issued_by(certificate, chain[depth + 1]):
+            raise MalformedError(f"certificate {subject(certificate)} is not signed by {subject(chain[depth + 1])}")
         if not valid_at(certificate, at):
             raise MalformedError(
                 f"certificate {subject(certificate)} is not valid at the time of verification: "

@@ -13,7 +13,7 @@ The checks, in order:
 4. chain: leaf to root, all valid at the time of verification;
 5. signature: over everything before it, ECDSA P-384, by the leaf's key;
 6. nonce: the JSON's nonce is the one in the signed request, and its architecture is the leaf's;
-7. firmware id: the report's is the one that the leaf was issued for.
+7. firmware id: the report's, where it states one, is the one that the leaf was issued for.
 
 Authentic is not good: nobody here compares the measurements with the vendor's reference manifests (RIM) or asks
 its OCSP responder. A certificate on hold, or old firmware, still verifies; that stands under not_checked.
@@ -165,7 +165,8 @@ def verify(
     require(stated and architecture, 6, "nonce", "the JSON states another nonce or architecture than was signed")
 
     issued_for = next((x509.extension(leaf, oid) for oid in _FWID_OIDS if x509.extension(leaf, oid)), None) or b""
-    same = len(report.fwid) == 48 and report.fwid in issued_for
+    # Firmware of 2023 (driver 535) states none.
+    same = not report.fwid or (len(report.fwid) == 48 and report.fwid in issued_for)
     require(same, 7, "firmware_id", "certificate and report disagree on the firmware id")
     return vouch(
         kind=KIND,
@@ -175,10 +176,11 @@ def verify(
         binding=report.nonce,
         expires=expires,
         platform=x509.fingerprint(device),
-        signers={"fwid": report.fwid},
+        signers={"fwid": report.fwid} if report.fwid else {},
         not_checked=(
             "the firmware: no measurement was compared with the vendor's reference manifests (RIM)",
             "revocation of the certificates (the vendor's OCSP)",
             "whether the GPU is in its confidential mode, and not its developers' one",
+            *(() if report.fwid else ("the firmware id: this firmware states none",)),
         ),
     )

@@ -23,6 +23,7 @@ import click
 
 # Name -> module with `run(rounds: int | None, quick: bool) -> (rounds, figures)`.
 BENCHMARKS: dict[str, str] = {
+    "attestation": "isolate.cli.bench.attestation",
     "sealed": "isolate.cli.bench.sealed",
     "channels": "isolate.cli.bench.channels",
 }
