@@ -34,10 +34,10 @@ def demo(as_json: bool, keep: str | None) -> None:
             "the demo runs the service", hint="pip install 'isolate-confidential[service]'"
         ) from None
     from isolate.cli.demo.story import Story
-    from isolate.cli.demo.world import World
+    from isolate.cli.demo.world import PREFIX, World
 
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="isolate-demo-") as folder:
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
         root = Path(keep) if keep else Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         with World(root) as world:

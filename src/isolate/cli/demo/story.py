@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import secrets
 import subprocess
 import sys
 import time
@@ -34,7 +35,6 @@ from isolate.transparency import Checkpoint, ConsistencyProof, InclusionProof
 
 LINEAGE = "digits"
 HELD_OUT = 297
-CANARY = b"canary-7f3a9c51-if-you-read-this-a-secret-left"
 FLIPPED_BYTE = 60_000  # of the second gradients channel: past its handshake, inside a record
 
 
@@ -75,6 +75,7 @@ class Story:
         self.expectations: dict[str, bool] = {}
         self.details: dict[str, str] = {}
         self.steps: list[dict[str, Any]] = []
+        self.canary = b"canary-" + secrets.token_hex(16).encode()
         self.owner = Owner(world.key, service=world.address("service"), lineage=LINEAGE)
 
     def tell(self) -> None:
@@ -153,7 +154,7 @@ class Story:
         self.train_pixels, self.train_digits = pixels[HELD_OUT:], digits[HELD_OUT:]
         self.test_pixels, self.test_digits = pixels[:HELD_OUT], digits[:HELD_OUT]
         self.first = network.initial(seed=3)
-        planted = np.frombuffer(CANARY, np.uint8)
+        planted = np.frombuffer(self.canary, np.uint8)
         train = {"pixels": self.train_pixels, "digits": self.train_digits, "note": planted}
         self.seal_asset("digits/train", train)
         weights = self.seal_asset("digits/weights", self.first)
@@ -394,14 +395,14 @@ class Story:
     # 8
     def look(self) -> None:
         """What the operator saw."""
-        needles = canary(CANARY)
-        secrets = {
+        needles = canary(self.canary)
+        arrays = {
             "first weights": self.first["w1"],
             "trained weights": self.model["w1"],
             "images": self.train_pixels,
         }
-        secrets["query images"] = self.test_pixels[:10]
-        for name, array in secrets.items():
+        arrays["query images"] = self.test_pixels[:10]
+        for name, array in arrays.items():
             needles += needles_of(name, array)
         counted, pids = self.world.connections()
         carried = sum(counted["connections"].values())
@@ -422,11 +423,11 @@ class Story:
         )
         missed = [
             f"{name} as {form}"
-            for name, array in secrets.items()
+            for name, array in arrays.items()
             for form, text in encoded(array).items()
             if form not in {needle.form for needle in find([n for n in needles if n.secret == name], text)}
         ]
-        if not find(canary(CANARY), b"..." + CANARY):
+        if not find(canary(self.canary), b"..." + self.canary):
             missed.append("canary")
         self.expect(
             "search_can_find",

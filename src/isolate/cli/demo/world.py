@@ -24,6 +24,7 @@ from isolate.errors import ServiceUnavailable
 from isolate.launch.supervisor import Enclave, Host
 
 APPS = Path(__file__).parent / "apps"
+PREFIX = "isolate-demo-"  # of the demo's folder in the machine's temporary folder
 ROUTES = ("service", "platform", "gradients", "invoke")
 
 
@@ -141,11 +142,13 @@ class World:
         return Path(shutil.copyfile(path, self.assets / path.name))
 
     def shared_folders(self) -> list[Path]:
-        """Shared memory, and what appeared in the machine's temporary folder since the demo began."""
+        """Shared memory, and what changed in the machine's temporary folder since the demo began, but for the
+        folders of other demos that run beside this one."""
         found = [Path("/dev/shm")]  # noqa: S108 (searched, not written)
         for path in Path(tempfile.gettempdir()).iterdir():
             with contextlib.suppress(OSError):
-                if path != self._root and path.stat().st_uid == os.getuid() and path.stat().st_mtime >= self._began:
+                other = path == self._root or path.name.startswith(PREFIX)
+                if not other and path.stat().st_uid == os.getuid() and path.stat().st_mtime >= self._began:
                     found.append(path)
         return found
 
