@@ -251,6 +251,8 @@ class SealedReader:
         if manifest.data_size != row.length:
             raise MalformedError("manifest: its tensors do not fill the compartment")
         if row.id == DIRECTORY_ID:
+            if manifest.entries:
+                raise MalformedError("manifest: a tensor stands in the file's own section")
             self.metadata = dict(manifest.metadata)
         elif manifest.metadata:
             raise MalformedError("manifest: metadata stands in a compartment")

@@ -95,17 +95,17 @@ class MemorySink:
     """A sink into memory: ``data`` after ``commit``."""
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
+        self.parts: list[bytes] = []
         self.data = b""
 
     def write(self, data: Buffer) -> None:
-        self._parts.append(bytes(data))
+        self.parts.append(bytes(data))
 
     def commit(self) -> None:
-        self.data, self._parts = b"".join(self._parts), []
+        self.data, self.parts = b"".join(self.parts), []
 
     def abort(self) -> None:
-        self._parts = []
+        self.parts = []
 
 
 class FileSource:
