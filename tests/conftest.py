@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # No deadline: machines that share their cores miss it for no fault of the code. CI draws the same examples
 # each time, so that a red run can be repeated; a developer's machine goes on looking for new ones.
-settings.register_profile("isolate", deadline=None, derandomize="CI" in os.environ)
+settings.register_profile(
+    "isolate", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("isolate")
 
 
