@@ -15,13 +15,18 @@ import isolate
 
 PUBLIC = [
     "Epoch",
+    "FileSigner",
+    "Handle",
     "Identity",
     "KeyWrapper",
     "Recipient",
     "SigningKey",
     "VerifyingKey",
+    "Workload",
+    "attach",
     "channel",
     "errors",
+    "join",
     "sealed",
 ]
 
@@ -33,7 +38,6 @@ PROMISED = {
     "torch.SealedDataset", "torch.SealedStorageReader", "torch.SealedStorageWriter",
 }  # fmt: skip
 NOT_YET = {
-    "FileSigner", "Handle", "Workload", "attach", "join",
     "sealed.open_folder",
     "torch.SealedDataset", "torch.SealedStorageReader", "torch.SealedStorageWriter",
 }  # fmt: skip
