@@ -47,7 +47,7 @@ CONTROLS = {
                 "if compartment.cipher.open_into(whole, view[: length + tag], nonce(self._params, index)) is None:",
             ),
         ),
-    ),  # fmt: skip
+    ),
     "origin of a file": Control(
         "stranger_file_refused", "sealed/reader.py", (("if key != facts.signer:", "if False:"),)
     ),
@@ -70,7 +70,7 @@ CONTROLS = {
                 "SELECT job, rank, generation, expires FROM challenge WHERE nonce = ?",
             ),
         ),
-    ),  # fmt: skip
+    ),
     "simulated evidence": Control(
         "simulated_refused_in_production",
         "attestation/appraisal.py",
@@ -85,7 +85,7 @@ CONTROLS = {
                 "if self._cipher.open_into(plaintext, sealed, self._nonce, header) is None:",
             ),
         ),
-    ),  # fmt: skip
+    ),
     "budget": Control(
         "eleventh_use_refused",
         "service/budgets.py",
@@ -110,7 +110,7 @@ CONTROLS = {
                 "if False:",
             ),
         ),
-    ),  # fmt: skip
+    ),
     "revocation": Control(
         "revoked_use_refused",
         "service/budgets.py",
@@ -126,11 +126,11 @@ CONTROLS = {
         "crypto/merkle.py",
         (
             (
-                "return last == 0 and hmac.compare_digest(before, old_root) and hmac.compare_digest(after, new_root)",
-                "return True",
+                "hmac.compare_digest(before, old_root) and hmac.compare_digest(after, new_root)",
+                "True",
             ),
         ),
-    ),  # fmt: skip
+    ),
     "recorder": Control(
         "all_traffic_recorded",
         "cli/demo/world.py",
@@ -146,7 +146,7 @@ CONTROLS = {
                 "        path.with_suffix('.plain').write_bytes(tensors['w1'].astype('<f2').tobytes())\n",
             ),
         ),
-    ),  # fmt: skip
+    ),
     "search": Control(
         "search_can_find", "cli/demo/search.py", (('needles.append(Needle(secret, "base64", body))', "pass"),)
     ),

@@ -5,7 +5,7 @@
     >>> from isolate.service.state import State, create
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     owner = SigningKey.generate()
-    ...     create(folder, owner=owner, name="demo", lineage="demo", recovery=[], now=1_700_000_000)
+    ...     _ = create(folder, owner=owner, name="demo", lineage="demo", recovery=[], now=1_700_000_000)
     ...     with State(folder, clock=lambda: 1_700_000_001) as state:
     ...         state.certificate.name
     'demo'

@@ -5,8 +5,8 @@
     >>> needles = needles_of("weights", secret)
     >>> sorted({needle.form for needle in needles})
     ['base64', 'decimal', 'fp16', 'fp32', 'hex']
-    >>> [found.form for found in find(needles, b"..." + secret.tobytes().hex().encode())]
-    ['hex']
+    >>> {found.form for found in find(needles, b"..." + secret.tobytes().hex().encode())}
+    {'hex'}
 
 A needle is a window of a secret in one form. Windows that say nothing (few distinct values) are left out: they
 would be found by chance.
