@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -179,3 +180,5 @@ def test_a_verified_invocation_cannot_be_made_by_hand(call: Any, seen: Any) -> N
         VerifiedInvocation(
             seen, made.id, made.operation, DIGEST, ARGUMENTS, BINDING, made.nonce, made.counter, object()
         )
+    with pytest.raises(UsageError):
+        attrs.evolve(made, operation="export")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -352,6 +353,8 @@ def test_a_verified_token_cannot_be_made_by_hand(chain: list[Any], people: Any, 
     seen = verify(chain[0], people.pub(people.owner), now=now)
     with pytest.raises(UsageError):
         VerifiedToken("digits", seen.owner, seen.scope, seen.handles, seen.limits, seen.holders, object())
+    with pytest.raises(UsageError):
+        attrs.evolve(seen, asset="secret")
 
 
 def test_repr_names_the_handle_and_shows_no_block(chain: list[Any]) -> None:

@@ -6,6 +6,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -250,3 +251,5 @@ def test_misuse(log: Any) -> None:
     seen = log.seen(1)
     with pytest.raises(UsageError):
         Checkpoint(seen.origin, 2, seen.root, seen.text, seen.body, {}, object())
+    with pytest.raises(UsageError):
+        attrs.evolve(seen, size=2)

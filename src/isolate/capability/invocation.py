@@ -146,6 +146,8 @@ class VerifiedInvocation:
     def __attrs_post_init__(self) -> None:
         if self._made is not _MADE_HERE:
             raise UsageError("a VerifiedInvocation is made by verify_invocation only")
+        # Not kept, so that attrs.evolve cannot make another one of it.
+        object.__setattr__(self, "_made", None)
 
 
 def verify_invocation(

@@ -269,6 +269,8 @@ class VerifiedToken:
     def __attrs_post_init__(self) -> None:
         if self._made is not _MADE_HERE:
             raise UsageError("a VerifiedToken is made by verify only")
+        # Not kept, so that attrs.evolve cannot make another one of it.
+        object.__setattr__(self, "_made", None)
 
     @property
     def id(self) -> bytes:

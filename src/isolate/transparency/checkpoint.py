@@ -143,6 +143,8 @@ class Checkpoint:
     def __attrs_post_init__(self) -> None:
         if self._made is not _MADE_HERE:
             raise UsageError("a Checkpoint is made by Checkpoint.verify only")
+        # Not kept, so that attrs.evolve cannot make another one of it.
+        object.__setattr__(self, "_made", None)
 
     @classmethod
     def verify(
