@@ -8,10 +8,11 @@
             peer.recv_into(gradient)
 """
 
+from isolate.channel.blocking import Channel
 from isolate.channel.handshake import Handshake, Session
 from isolate.channel.peers import Attested, AttestedPeer, Expect, Holder, HolderPeer
 from isolate.channel.record import RekeyLimits
-from isolate.channel.streams import Channel, Listener, connect, listen
+from isolate.channel.streams import Listener, connect, listen
 
 __all__ = [
     "Attested",

@@ -120,6 +120,11 @@ class Endpoint:
         """Whether a record or a long message has come in part."""
         return self._view is not None or len(self._inbox) > 0
 
+    @property
+    def within_long(self) -> bool:
+        """Whether a message of several records has come in part."""
+        return self._view is not None
+
     def end(self, why: str) -> None:
         """No byte goes in or out any more; keys, and a message that came in part, are wiped."""
         if self._over is None:

@@ -16,25 +16,22 @@ import errno
 import os
 import socket
 import struct
-import sys
-import threading
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from isolate.channel.blocking import Channel
 from isolate.channel.handshake import MAX_FRAME, Handshake, Session, refusal
-from isolate.channel.peers import Attested, AttestedPeer, Expect, Holder, HolderPeer
+from isolate.channel.peers import Attested, Expect, Holder
 from isolate.channel.record import HEADER_SIZE, RekeyLimits
-from isolate.channel.session import Endpoint, Inbox, flat
+from isolate.channel.session import Inbox
 from isolate.crypto.aead import Suite
-from isolate.crypto.secret import wipe
 from isolate.errors import (
     ChannelClosed,
     ChannelError,
     ChannelTimeout,
     HandshakeRefused,
-    RecordRefused,
     StorageError,
     UnavailableError,
     UsageError,
@@ -43,7 +40,6 @@ from isolate.errors import (
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from typing_extensions import Buffer
 
 TIMEOUT = 30.0  # seconds
 BACKLOG = 1024
@@ -69,7 +65,7 @@ def _set_timeout(sock: socket.socket, seconds: float | None) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
 
-class _Wire:
+class SocketWire:
     """A connected socket with deadlines: reads into an inbox, sends whole frames. Foreign errors become ours."""
 
     def __init__(self, sock: socket.socket, timeout: float | None) -> None:
@@ -133,7 +129,17 @@ class _Wire:
                 with contextlib.suppress(ChannelError):
                     self.send(refusal(error))
             raise
+        _set_timeout(self.sock, self.timeout)
         return core.session
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def drop(self, *, shared: bool) -> None:
+        if not shared:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
 
     def _send_or_gone(self, data: bytes) -> None:
         # A peer that refused has perhaps closed already: its refusal is still there to be read.
@@ -150,190 +156,6 @@ class _Wire:
         if not self.fill(size, deadline):
             raise HandshakeRefused("the peer went away during the handshake", code="peer_gone")
         return self.inbox.take(size)
-
-
-class Channel:
-    """One end of an established channel. Made by ``connect`` and ``Listener.accept``.
-
-    ``peer`` is an AttestedPeer or a HolderPeer, ``binding`` 32 bytes that only this session has, ``suite`` how
-    records are sealed. Errors: RecordRefused (tampered; the channel is over), ChannelTruncated (cut off),
-    ChannelClosed (used after its end, or the peer closed), ChannelTimeout.
-    """
-
-    def __init__(self, wire: _Wire, session: Session) -> None:
-        self._wire = wire
-        self._end = Endpoint(session, wire.inbox)
-        self._sending, self._receiving = threading.Lock(), threading.Lock()
-        _set_timeout(wire.sock, wire.timeout)
-
-    @property
-    def peer(self) -> AttestedPeer | HolderPeer:
-        return self._end.peer
-
-    @property
-    def binding(self) -> bytes:
-        return self._end.binding
-
-    @property
-    def suite(self) -> Suite:
-        return self._end.suite
-
-    def fileno(self) -> int:
-        """The descriptor of the socket below: to ask the kernel about the peer, never to read or write."""
-        return self._wire.sock.fileno()
-
-    def send(self, data: Buffer) -> None:
-        """Send one message: bytes, a memoryview, a numpy array, a torch CPU tensor (C-contiguous)."""
-        view = flat(data)
-        end = self._end
-        # Before the lock too: in a forked child a thread that is not there may hold it.
-        end.check_open()
-        with self._sending:
-            end.check_open()
-            self._look()
-            record = end.single(view)
-            if record is not None:
-                self._put(record)
-                return
-            for record in end.outgoing(view):
-                self._put(record)
-
-    def _put(self, record: memoryview) -> None:
-        try:
-            if self._wire.send(record):
-                return
-        except ChannelTimeout:
-            # Part of a record may be out: nothing can follow it.
-            self._fail("sending timed out")
-            raise
-        if self._end.over:
-            raise ChannelClosed("this channel was closed while it sent")
-        self._drop()
-        raise self._end.truncated()
-
-    def recv(self) -> bytearray:
-        """The next message, whole."""
-        received: Any = self._receive(None)
-        return received  # type: ignore[no-any-return]
-
-    def recv_into(self, buffer: Buffer) -> int:
-        """The next message into ``buffer``; answers its length. One that is longer raises UsageError and stays."""
-        view = flat(buffer)
-        if view.readonly:
-            raise UsageError("the buffer is read-only")
-        count: Any = self._receive(view)
-        return count  # type: ignore[no-any-return]
-
-    def _receive(self, target: memoryview | None) -> int | bytearray:
-        end, wire = self._end, self._wire
-        end.check_open()
-        with self._receiving:
-            end.check_open()
-            self._show_again()
-            try:
-                while need := end.pull(target):
-                    if not wire.fill(need):
-                        if end.over:
-                            raise ChannelClosed("this channel was closed while it waited")
-                        self._drop()
-                        raise end.truncated()
-                message = end.message
-            except ChannelTimeout:
-                # Nothing came: one may ask again. A record that came in part never came whole in time: over, since
-                # who bends a length would otherwise have the reader wait for ever.
-                if end.midway:
-                    self._fail("a record did not come whole in time")
-                raise
-            except RecordRefused as error:
-                self._fail(error.message)
-                raise
-            except HandshakeRefused as error:
-                self._refuse(error)
-                raise
-            except ChannelClosed:
-                self._fail("the peer closed it")
-                raise
-            except BaseException:
-                # An interrupt in the middle of a long message: the rest of it cannot be told from the next one.
-                if end.midway and not isinstance(sys.exception(), UsageError):
-                    self._fail("reading was interrupted")
-                raise
-            try:
-                self._look()
-            except HandshakeRefused:
-                wipe(target if isinstance(message, int) else message)  # type: ignore[arg-type]
-                raise
-        return message
-
-    def _look(self) -> None:
-        """End a session whose peer is no longer admitted. Raises HandshakeRefused."""
-        try:
-            self._end.standing.look()
-        except HandshakeRefused as error:
-            self._refuse(error)
-            raise
-
-    def _show_again(self) -> None:
-        """Show a newer token of ours, if there is one and nobody is sending: the next call will otherwise."""
-        if self._end.standing.renews and self._sending.acquire(blocking=False):
-            try:
-                record = self._end.attesting()
-                if record is not None:
-                    self._put(record)
-            finally:
-                self._sending.release()
-
-    def reattest(self) -> None:
-        """Show our newest token now. The peer checks it before it takes anything that comes after."""
-        self._end.check_open()
-        with self._sending:
-            record = self._end.attesting(now=True)
-            if record is None:
-                raise UsageError("this end is not attested")
-            self._put(record)
-
-    def _refuse(self, error: HandshakeRefused) -> None:
-        """Tell the peer a code, if it can still be told, and end."""
-        with contextlib.suppress(ChannelError):
-            self._wire.send(self._end.closing(error.code))
-        self._fail(error.message)
-
-    def _fail(self, why: str) -> None:
-        self._end.end(why)
-        self._drop()
-
-    def close(self) -> None:
-        """Tell the peer that this is the end, and end; what the peer still sends is lost. Twice does no harm."""
-        if not self._end.over:
-            # A sender that is stuck holds the lock; shutting the socket down frees it.
-            if self._sending.acquire(timeout=1.0):
-                try:
-                    if not self._end.over:
-                        with contextlib.suppress(ChannelError):
-                            self._wire.send(self._end.closing())
-                finally:
-                    self._sending.release()
-            self._end.end("it was closed here")
-        self._drop()
-
-    def _drop(self) -> None:
-        sock = self._wire.sock
-        # After a fork the socket is the parent's too: shutting it down would end the parent's channel.
-        if not self._end.forked:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        sock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"Channel({self.peer!r}, {self.suite.title})"
 
 
 class Listener:
@@ -359,11 +181,7 @@ class Listener:
         return _establish(sock, self._timeout, Handshake(initiator=False, **self._options))
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
-        if self.address.startswith("unix:"):
-            Path(self.address[5:]).unlink(missing_ok=True)
+        close_listening(self._sock, self.address)
 
     def __enter__(self) -> Self:
         return self
@@ -376,7 +194,7 @@ class Listener:
 
 def _establish(sock: socket.socket, timeout: float | None, core: Handshake) -> Channel:
     try:
-        wire = _Wire(sock, timeout)
+        wire = SocketWire(sock, timeout)
         return Channel(wire, wire.handshake(core))
     except BaseException:
         sock.close()
@@ -403,8 +221,14 @@ def listen(
         "rekey": rekey,
     }  # fmt: skip
     Handshake(initiator=False, **options)  # type: ignore[arg-type]  # so that a misfit is told here, not at accept
+    sock, address = bound_socket(address)
+    return Listener(sock, address, options, timeout)
+
+
+def bound_socket(address: str) -> tuple[socket.socket, str]:
+    """A listening socket and its address, with the port that it got. Raises UsageError or StorageError."""
     kind, where = parse_address(address)
-    sock = socket.socket(socket.AF_UNIX if kind == "unix" else _family(where[0]), socket.SOCK_STREAM)
+    sock = socket.socket(family(kind, where), socket.SOCK_STREAM)
     try:
         if kind == "unix":
             _bind_unix(sock, where)
@@ -418,11 +242,23 @@ def listen(
     if kind == "tcp":
         host = f"[{where[0]}]" if sock.family == socket.AF_INET6 else where[0]
         address = f"tcp:{host}:{sock.getsockname()[1]}"
-    return Listener(sock, address, options, timeout)
+    return sock, address
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+def close_listening(sock: socket.socket, address: str) -> None:
+    """Close it; a Unix socket's file goes too."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
+    if address.startswith("unix:"):
+        Path(address[5:]).unlink(missing_ok=True)
+
+
+def family(kind: str, where: Any) -> socket.AddressFamily:
+    """The address family of a parsed address."""
+    if kind == "unix":
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in where[0] else socket.AF_INET
 
 
 def _bind_unix(sock: socket.socket, path: str) -> None:
@@ -468,17 +304,14 @@ def connect(
         rekey=rekey,
     )
     kind, where = parse_address(address)
+    sock = socket.socket(family(kind, where), socket.SOCK_STREAM)
+    sock.settimeout(timeout)
     try:
-        if kind == "tcp":
-            sock = socket.create_connection(where, timeout)
-        else:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.settimeout(timeout)
-            sock.connect(where)
+        sock.connect(where)
     except TimeoutError:
+        sock.close()
         raise ChannelTimeout(f"nobody answers at {address} in time") from None
     except OSError as error:
-        if kind == "unix":
-            sock.close()
+        sock.close()
         raise UnavailableError(f"cannot connect to {address}: {error.strerror}") from None
     return _establish(sock, timeout, core)

@@ -1,0 +1,231 @@
+"""A channel that blocks, over whatever moves bytes: sockets (streams.py) or a shared-memory ring (ring.py).
+
+    >>> from isolate.channel.blocking import Channel
+    >>> [name for name in vars(Channel) if name in ("send", "recv", "recv_into", "close", "reattest")]
+    ['send', 'recv', 'recv_into', 'reattest', 'close']
+
+One lock lies around sealing and sending, so that records leave in the order of their numbers; another around
+receiving. Whatever goes wrong with a record ends the channel for good, on both sides (docs/spec/channel.md, 6).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from isolate.channel.handshake import Session
+from isolate.channel.peers import AttestedPeer, HolderPeer
+from isolate.channel.session import Endpoint, Inbox, flat
+from isolate.crypto.aead import Suite
+from isolate.crypto.secret import wipe
+from isolate.errors import (
+    ChannelClosed,
+    ChannelError,
+    ChannelTimeout,
+    HandshakeRefused,
+    RecordRefused,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class Wire(Protocol):
+    """What moves bytes. False means that the other end is gone; too slow is ChannelTimeout."""
+
+    inbox: Inbox
+
+    def fill(self, need: int) -> bool:
+        """Wait until ``need`` bytes are in the inbox."""
+
+    def send(self, data: memoryview, /) -> bool:
+        """Send all of it."""
+
+    def fileno(self) -> int:
+        """The descriptor of the socket below."""
+
+    def drop(self, *, shared: bool) -> None:
+        """Close at once; whoever waits finds the end. ``shared``: a fork's parent still uses it."""
+
+
+class Channel:
+    """One end of an established channel. Made by ``channel.connect`` and ``Listener.accept``.
+
+    ``peer`` is an AttestedPeer or a HolderPeer, ``binding`` 32 bytes that only this session has, ``suite`` how
+    records are sealed. Errors: RecordRefused (tampered; the channel is over), ChannelTruncated (cut off),
+    ChannelClosed (used after its end, or the peer closed), ChannelTimeout.
+    """
+
+    def __init__(self, wire: Wire, session: Session) -> None:
+        self._wire = wire
+        self._end = Endpoint(session, wire.inbox)
+        self._sending, self._receiving = threading.Lock(), threading.Lock()
+
+    @property
+    def peer(self) -> AttestedPeer | HolderPeer:
+        return self._end.peer
+
+    @property
+    def binding(self) -> bytes:
+        return self._end.binding
+
+    @property
+    def suite(self) -> Suite:
+        return self._end.suite
+
+    def fileno(self) -> int:
+        """The descriptor of the socket below: to ask the kernel about the peer, never to read or write."""
+        return self._wire.fileno()
+
+    def send(self, data: Buffer) -> None:
+        """Send one message: bytes, a memoryview, a numpy array, a torch CPU tensor (C-contiguous)."""
+        view = flat(data)
+        end = self._end
+        # Before the lock too: in a forked child a thread that is not there may hold it.
+        end.check_open()
+        with self._sending:
+            end.check_open()
+            self._look()
+            record = end.single(view)
+            if record is not None:
+                self._put(record)
+                return
+            for record in end.outgoing(view):
+                self._put(record)
+
+    def _put(self, record: memoryview) -> None:
+        try:
+            if self._wire.send(record):
+                return
+        except ChannelTimeout:
+            # Part of a record may be out: nothing can follow it.
+            self._fail("sending timed out")
+            raise
+        if self._end.over:
+            raise ChannelClosed("this channel was closed while it sent")
+        self._drop()
+        raise self._end.truncated()
+
+    def recv(self) -> bytearray:
+        """The next message, whole."""
+        received: Any = self._receive(None)
+        return received  # type: ignore[no-any-return]
+
+    def recv_into(self, buffer: Buffer) -> int:
+        """The next message into ``buffer``; answers its length. One that is longer raises UsageError and stays."""
+        view = flat(buffer)
+        if view.readonly:
+            raise UsageError("the buffer is read-only")
+        count: Any = self._receive(view)
+        return count  # type: ignore[no-any-return]
+
+    def _receive(self, target: memoryview | None) -> int | bytearray:
+        end, wire = self._end, self._wire
+        end.check_open()
+        with self._receiving:
+            end.check_open()
+            self._show_again()
+            try:
+                while need := end.pull(target):
+                    if not wire.fill(need):
+                        if end.over:
+                            raise ChannelClosed("this channel was closed while it waited")
+                        self._drop()
+                        raise end.truncated()
+                message = end.message
+            except ChannelTimeout:
+                # Nothing came: one may ask again. A record that came in part never came whole in time: over, since
+                # who bends a length would otherwise have the reader wait for ever.
+                if end.midway:
+                    self._fail("a record did not come whole in time")
+                raise
+            except RecordRefused as error:
+                self._fail(error.message)
+                raise
+            except HandshakeRefused as error:
+                self._refuse(error)
+                raise
+            except ChannelClosed:
+                self._fail("the peer closed it")
+                raise
+            except BaseException:
+                # An interrupt in the middle of a long message: the rest of it cannot be told from the next one.
+                if end.midway and not isinstance(sys.exception(), UsageError):
+                    self._fail("reading was interrupted")
+                raise
+            try:
+                self._look()
+            except HandshakeRefused:
+                wipe(target if isinstance(message, int) else message)  # type: ignore[arg-type]
+                raise
+        return message
+
+    def _look(self) -> None:
+        """End a session whose peer is no longer admitted. Raises HandshakeRefused."""
+        try:
+            self._end.standing.look()
+        except HandshakeRefused as error:
+            self._refuse(error)
+            raise
+
+    def _show_again(self) -> None:
+        """Show a newer token of ours, if there is one and nobody is sending: the next call will otherwise."""
+        if self._end.standing.renews and self._sending.acquire(blocking=False):
+            try:
+                record = self._end.attesting()
+                if record is not None:
+                    self._put(record)
+            finally:
+                self._sending.release()
+
+    def reattest(self) -> None:
+        """Show our newest token now. The peer checks it before it takes anything that comes after."""
+        self._end.check_open()
+        with self._sending:
+            record = self._end.attesting(now=True)
+            if record is None:
+                raise UsageError("this end is not attested")
+            self._put(record)
+
+    def _refuse(self, error: HandshakeRefused) -> None:
+        """Tell the peer a code, if it can still be told, and end."""
+        with contextlib.suppress(ChannelError):
+            self._wire.send(self._end.closing(error.code))
+        self._fail(error.message)
+
+    def _fail(self, why: str) -> None:
+        self._end.end(why)
+        self._drop()
+
+    def close(self) -> None:
+        """Tell the peer that this is the end, and end; what the peer still sends is lost. Twice does no harm."""
+        if not self._end.over:
+            # A sender that is stuck holds the lock; shutting the socket down frees it.
+            if self._sending.acquire(timeout=1.0):
+                try:
+                    if not self._end.over:
+                        with contextlib.suppress(ChannelError):
+                            self._wire.send(self._end.closing())
+                finally:
+                    self._sending.release()
+            self._end.end("it was closed here")
+        self._drop()
+
+    def _drop(self) -> None:
+        # After a fork the transport is the parent's too: shutting it down would end the parent's channel.
+        self._wire.drop(shared=self._end.forked)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Channel({self.peer!r}, {self.suite.title})"
