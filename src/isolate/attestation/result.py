@@ -209,14 +209,14 @@ def verify(
 
     Raises ResultRefused with the reason and a code ``result_...``.
     """
+    formed = isinstance(token, str) and len(token) <= MAX_TOKEN and token.isascii()
+    _require(formed, 1, "malformed", "the result token is malformed")
     try:
-        formed = isinstance(token, str) and len(token) <= MAX_TOKEN and token.isascii()
         header, payload, _ = map(_bytes, token.split("."))
         shape, value = json.loads(header), json.loads(payload)
     # json raises ValueError, and RecursionError for deep nesting; split into other than three, ValueError.
-    except (AttributeError, ValueError, RecursionError, MalformedError):
-        formed, shape, value = False, None, None
-    _require(formed, 1, "malformed", "the result token is malformed")
+    except (ValueError, RecursionError, MalformedError):
+        raise ResultRefused("the result token is malformed (check 1)", code="result_malformed") from None
     _require(shape == HEADER, 2, "header", "the result token has another algorithm or header")
     try:
         _JWS.decode(token, issuer_key, algorithms=["EdDSA"])
@@ -234,9 +234,8 @@ def verify(
 
 def _admit(result: AttestationResult, status: str, now: int, insecure: bool) -> AttestationResult:
     lives = 0 < result.expires - result.issued <= MAX_LIFETIME
-    _require(
-        lives and result.issued <= now + MAX_AHEAD, 5, "time", "the result is from the future or lives too long"
-    )
+    _require(lives, 5, "lifetime", "the result lives too long")
+    _require(result.issued <= now + MAX_AHEAD, 5, "time", "the result is from the future")
     _require(now < result.expires, 5, "expired", "the result has expired")
     _require(
         result.instance == instance_id(result.keys_digest), 6, "instance", "the instance is not that of the keys"
