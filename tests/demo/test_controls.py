@@ -81,8 +81,8 @@ CONTROLS = {
         "channel/record.py",
         (
             (
-                "if not self._cipher.open_into(plaintext, sealed, self._nonce, header):",
-                "if self._cipher.open_into(plaintext, sealed, self._nonce, header) is None:",
+                "not self._lane.open(sequence, pin, at, HEADER_SIZE, size, plaintext):",
+                "self._lane.open(sequence, pin, at, HEADER_SIZE, size, plaintext) is None:",
             ),
         ),
     ),

@@ -96,10 +96,13 @@ def search(
     total = 0
     for path in files:
         original = next((public[name] for name in _tails(path) if name in public), None)
-        total += path.stat().st_size
-        if original is not None and filecmp.cmp(path, original, shallow=False):
+        try:
+            if original is None or not filecmp.cmp(path, original, shallow=False):
+                hits += [(path, needle) for needle in find(needles, path.read_bytes())]
+            total += path.stat().st_size
+        except FileNotFoundError:
+            # In the machine's temporary folder other programs come and go.
             continue
-        hits += [(path, needle) for needle in find(needles, path.read_bytes())]
     return len(files), total, iter(hits)
 
 
