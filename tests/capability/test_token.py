@@ -250,6 +250,10 @@ def test_a_chain_has_at_most_eight_blocks_and_4_kib(people: Any, chain: list[Any
     many = {f"operation-{number}": DIGEST for number in range(100)}
     with pytest.raises(CapabilityRefused, match="at most 4096"):
         grant(people.owner, asset="a", scope=Scope(operations=many), holder=people.pub(people.team))
+    half = Scope(operations=dict(list(many.items())[:50]))
+    token = grant(people.owner, asset="a", scope=half, holder=people.pub(people.team))
+    with pytest.raises(CapabilityRefused, match="at most 4096 are allowed"):
+        token.attenuate(people.team, half)
 
 
 @pytest.mark.threat("CAP-9")
