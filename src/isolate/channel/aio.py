@@ -333,9 +333,17 @@ async def _establish(sock: socket.socket, timeout: float | None, core: Handshake
         raise
 
 
+def _stream_address(address: str) -> tuple[str, Any]:
+    kind, where = parse_address(address)
+    if kind == "shm":
+        raise UsageError("a shared-memory ring blocks: use isolate.channel, in a thread of its own")
+    return kind, where
+
+
 async def listen(address: str, *, timeout: float | None = TIMEOUT, **options: Any) -> Listener:
     """As ``isolate.channel.listen``: identity, expect, profile, purpose, suites and rekey are its arguments."""
     Handshake(initiator=False, **options)
+    _stream_address(address)
     sock, address = bound_socket(address)
     return Listener(sock, address, options, timeout)
 
@@ -361,7 +369,7 @@ async def connect(
         suites=suites,
         rekey=rekey,
     )
-    kind, where = parse_address(address)
+    kind, where = _stream_address(address)
     sock = socket.socket(family(kind, where), socket.SOCK_STREAM)
     sock.setblocking(False)
     try:

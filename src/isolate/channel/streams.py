@@ -47,14 +47,14 @@ _GONE = {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errn
 
 
 def parse_address(address: str) -> tuple[str, Any]:
-    """``unix:/path`` or ``tcp:host:port`` (an IPv6 host in brackets). Raises UsageError."""
+    """``unix:/path``, ``shm:/path`` or ``tcp:host:port`` (an IPv6 host in brackets). Raises UsageError."""
     kind, _, rest = address.partition(":")
-    if kind == "unix" and 0 < len(os.fsencode(rest)) < 108:
+    if kind in ("unix", "shm") and 0 < len(os.fsencode(rest)) < 108:
         return kind, rest
     host, _, port = rest.rpartition(":")
     if kind == "tcp" and host and port.isdecimal() and int(port) < 65536:
         return kind, (host.strip("[]"), int(port))
-    raise UsageError(f"no address of a channel: {address[:120]}", hint="unix:/path (107 bytes) or tcp:host:port")
+    raise UsageError(f"no address of a channel: {address[:120]}", hint="unix:/path, shm:/path or tcp:host:port")
 
 
 def _set_timeout(sock: socket.socket, seconds: float | None) -> None:
@@ -178,7 +178,8 @@ class Listener:
             raise ChannelTimeout("nobody connected in time") from None
         except OSError:
             raise ChannelClosed("the listener is closed") from None
-        return _establish(sock, self._timeout, Handshake(initiator=False, **self._options))
+        shm = self.address.startswith("shm:")
+        return _establish(sock, self._timeout, Handshake(initiator=False, **self._options), shm=shm)
 
     def close(self) -> None:
         close_listening(self._sock, self.address)
@@ -192,10 +193,16 @@ class Listener:
         self.close()
 
 
-def _establish(sock: socket.socket, timeout: float | None, core: Handshake) -> Channel:
+def _establish(sock: socket.socket, timeout: float | None, core: Handshake, *, shm: bool) -> Channel:
     try:
         wire = SocketWire(sock, timeout)
-        return Channel(wire, wire.handshake(core))
+        session = wire.handshake(core)
+        if not shm:
+            return Channel(wire, session)
+        # Not at the top: an enclave that only ever speaks over sockets maps no shared memory.
+        from isolate.channel import ring
+
+        return Channel((ring.accept_offer if core.initiator else ring.offer)(sock, timeout), session)
     except BaseException:
         sock.close()
         raise
@@ -230,7 +237,7 @@ def bound_socket(address: str) -> tuple[socket.socket, str]:
     kind, where = parse_address(address)
     sock = socket.socket(family(kind, where), socket.SOCK_STREAM)
     try:
-        if kind == "unix":
+        if kind != "tcp":
             _bind_unix(sock, where)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -250,13 +257,14 @@ def close_listening(sock: socket.socket, address: str) -> None:
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
     sock.close()
-    if address.startswith("unix:"):
-        Path(address[5:]).unlink(missing_ok=True)
+    kind, _, path = address.partition(":")
+    if kind != "tcp":
+        Path(path).unlink(missing_ok=True)
 
 
 def family(kind: str, where: Any) -> socket.AddressFamily:
     """The address family of a parsed address."""
-    if kind == "unix":
+    if kind != "tcp":
         return socket.AF_UNIX
     return socket.AF_INET6 if ":" in where[0] else socket.AF_INET
 
@@ -314,4 +322,4 @@ def connect(
     except OSError as error:
         sock.close()
         raise UnavailableError(f"cannot connect to {address}: {error.strerror}") from None
-    return _establish(sock, timeout, core)
+    return _establish(sock, timeout, core, shm=kind == "shm")
