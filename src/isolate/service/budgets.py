@@ -25,13 +25,19 @@ from isolate.service.log import Log
 from isolate.service.state import State
 
 
+# The limits that this service and its enclaves enforce. A token with any other is refused, never read past it.
+ENFORCED = frozenset({"operations", "parameters", "uses", "bytes_out", "not_before", "expires", "depth"})
+
+
 class Budgets:
     def __init__(self, state: State, log: Log) -> None:
         self._state = state
         self._log = log
 
     def _verify(self, token: bytes) -> VerifiedToken:
-        return verify(Token.parse(token), self._state.owner.ed25519, now=self._state.clock())
+        verified = verify(Token.parse(token), self._state.owner.ed25519, now=self._state.clock())
+        verified.scope.require_enforced(ENFORCED)
+        return verified
 
     def charge(self, caller: Caller, request: ChargeRequest) -> Receipt:
         """Checks 1 to 5, then a receipt. A refusal is logged too, and changes no account."""
