@@ -107,22 +107,29 @@ class RingWire:
 
     def fill(self, need: int) -> bool:
         """Copy out until ``need`` bytes are in the inbox; False when the other end is gone."""
-        inbox, lane = self.inbox, self._in
-        while (missing := need - len(inbox)) > 0:
-            there = self._wait(lane, self._bell, _READER_SLEEPS, lane.readable)
-            if not there:
+        inbox = self.inbox
+        while len(inbox) < need:
+            count = self.read_some(inbox.space(need))
+            if not count:
                 return False
-            begin = lane.count % CAPACITY
-            space = inbox.space(need)
-            count = min(there, len(space), CAPACITY - begin, max(missing, 4096), STEP)
-            space[:count] = lane.data[begin : begin + count]
             inbox.added(count)
-            lane.count += count
-            lane.counters.set(_READ, lane.count)
-            if lane.counters.get(_WRITER_SLEEPS):
-                lane.counters.set(_WRITER_SLEEPS, 0)
-                self._ring(self._space)
         return True
+
+    def read_some(self, space: memoryview) -> int:
+        """Copy out what is there, at least one byte; 0 when the other end is gone."""
+        lane = self._in
+        there = self._wait(lane, self._bell, _READER_SLEEPS, lane.readable)
+        if not there:
+            return 0
+        begin = lane.count % CAPACITY
+        count = min(there, len(space), CAPACITY - begin, STEP)
+        space[:count] = lane.data[begin : begin + count]
+        lane.count += count
+        lane.counters.set(_READ, lane.count)
+        if lane.counters.get(_WRITER_SLEEPS):
+            lane.counters.set(_WRITER_SLEEPS, 0)
+            self._ring(self._space)
+        return count
 
     def send(self, data: memoryview, /) -> bool:
         """Copy in all of it; False when the other end is gone."""
