@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import evolve
 
 from isolate import channel, sealed
 from isolate.attestation.evidence import Envelope, KeyDigests, Runtime, Slot
@@ -26,7 +25,7 @@ from isolate.messages.attest import AttestAnswer, AttestRequest, Challenge, Chal
 from isolate.messages.base import Refusal
 from isolate.messages.http import error_of, post
 from isolate.messages.invoke import Invoke, Reply, encode_argument
-from isolate.transparency import Checkpoint
+from isolate.transparency import Checkpoint, sign_checkpoint
 
 
 def flip_a_bit(source: Path, target: Path) -> None:
@@ -118,5 +117,7 @@ def use_a_stolen_token(file: HandleFile, digest: bytes, **arguments: Any) -> Any
 
 
 def fork(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint of the same size over another history."""
-    return evolve(checkpoint, root=bytes(byte ^ 255 for byte in checkpoint.root))
+    """A checkpoint of the same log and size over another history, as a log that lies would sign it."""
+    key, root = SigningKey.generate(), bytes(byte ^ 255 for byte in checkpoint.root)
+    note = sign_checkpoint(key, checkpoint.origin, checkpoint.size, root)
+    return Checkpoint.verify(note, checkpoint.origin, key.verifying_key.ed25519)
