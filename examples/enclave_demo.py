@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +50,6 @@ def running(ready, *command):
 
 def outside(folder):
     from isolate.attestation.policy import Policy, Reference
-    from isolate.client.handle import HandleFile
     from isolate.client.owner import Owner
     from isolate.crypto import x509
     from isolate.launch.measure import measure
@@ -77,15 +75,8 @@ def outside(folder):
         # The policy names the measurement, computed offline, and accepts the simulated platform: INSECURE.
         reference = Reference("statistics", "simulated", measure(app).registers)
         anchor = x509.fingerprint(host.root_certificate())
-        owner.set_policy(
-            Policy(
-                lineage="acme",
-                sequence=1,
-                references=(reference,),
-                simulated_anchors=(anchor,),
-                INSECURE_accept_simulated=True,
-            )
-        )
+        policy = {"references": (reference,), "simulated_anchors": (anchor,), "INSECURE_accept_simulated": True}
+        owner.set_policy(Policy(lineage="acme", sequence=1, **policy))
         owner.set_rule("acme/salaries", readers=["statistics"])
         # Sealed to the service, and to an offline key of the owner's; the operator keeps the file.
         random, sealed_file = np.random.default_rng(1), folder / "acme-salaries.sealed"
@@ -98,15 +89,10 @@ def outside(folder):
         print(host.launch("statistics", app, where).event("serving", "failed", timeout=60))
         # The analyst holds a handle: one operation, three uses.
         analyst_key = isolate.SigningKey.generate()
-        token = owner.grant(
-            "acme/salaries",
-            operations={"mean_salary": mean_salary.digest},
-            holder=analyst_key.verifying_key.ed25519,
-            uses=3,
-        )
-        file = HandleFile(
-            token.to_text(), str(key.verifying_key), "acme", service, enclave, "acme/statistics", True
-        )
+        file = owner.grant(
+            "acme/salaries", operations={"mean_salary": mean_salary.digest}, uses=3, enclave=enclave,
+            holder=analyst_key.verifying_key.ed25519, job="acme/statistics", INSECURE_accept_simulated=True,
+        )  # fmt: skip
         with isolate.attach(file, signer=analyst_key) as handle:
             for department in (0, 1, 2, 0):
                 try:
@@ -120,7 +106,5 @@ if __name__ == "__main__":
     if "ISOLATE_APPLICATION" in os.environ:
         inside()
     else:
-        began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             outside(Path(folder))
-        print(f"done in {time.monotonic() - began:.0f} s")

@@ -18,8 +18,9 @@ from typing import Any
 from isolate import sealed
 from isolate.attestation.policy import Policy, SignedPolicy
 from isolate.capability.scope import Scope
-from isolate.capability.token import Token, grant
+from isolate.capability.token import grant
 from isolate.client.connect import certificate
+from isolate.client.handle import HandleFile
 from isolate.crypto.signing import Purpose, SigningKey
 from isolate.messages.attest import Registered, RegisterRequest, ServiceCertificate
 from isolate.messages.base import Message, Signed
@@ -87,13 +88,28 @@ class Owner:
         *,
         operations: Mapping[str, bytes],
         holder: bytes,
+        enclave: str,
+        job: str,
         uses: int | None = None,
         bytes_out: int | None = None,
         expires: int | None = None,
-    ) -> Token:
-        """A handle for ``holder`` (Ed25519, 32 bytes); ``operations`` maps names to digests. Made offline."""
+        INSECURE_accept_simulated: bool = False,
+    ) -> HandleFile:
+        """A handle for ``holder`` (Ed25519, 32 bytes) on an asset that the enclaves of ``job`` serve. Made offline.
+
+        ``operations`` maps names to digests; ``enclave`` is the address where they are invoked; ``expires`` is
+        Unix seconds. A limit that is None is none.
+        """
         scope = Scope(operations=operations, uses=uses, bytes_out=bytes_out, expires=expires)
-        return grant(self._key, asset=asset, scope=scope, holder=holder)
+        return HandleFile(
+            token=grant(self._key, asset=asset, scope=scope, holder=holder).to_text(),
+            owner=str(self._key.verifying_key),
+            lineage=self._lineage,
+            service=self._service,
+            enclave=enclave,
+            job=job,
+            INSECURE_accept_simulated=INSECURE_accept_simulated,
+        )
 
     def newest(self, asset: str) -> Registered:
         """The newest registered epoch of an asset: its digest is what ``expect=`` takes."""

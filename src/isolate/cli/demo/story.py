@@ -24,7 +24,6 @@ from isolate.cli.demo import attacks
 from isolate.cli.demo.search import canary, encoded, find, needles_of, search
 from isolate.cli.demo.world import World, isolate_command
 from isolate.client.handle import Handle, attach
-from isolate.client.handle import HandleFile as File
 from isolate.client.owner import Owner
 from isolate.crypto import x509
 from isolate.crypto.signing import SigningKey
@@ -304,12 +303,10 @@ class Story:
         world = self.world
         digests = {one.name: one.digest for one in load_module(self.classifier / "operations.py").OPERATIONS}
         team_key, analyst_key, second_key = (SigningKey.generate() for _ in range(3))
-        token = self.owner.grant("digits/model", operations=digests, holder=team_key.verifying_key.ed25519)
-        file = File(
-            token=token.to_text(),
-            owner=str(world.key.verifying_key),
-            lineage=LINEAGE,
-            service=world.address("service"),
+        file = self.owner.grant(
+            "digits/model",
+            operations=digests,
+            holder=team_key.verifying_key.ed25519,
             enclave=world.address("invoke"),
             job=f"{LINEAGE}/classifier",
             INSECURE_accept_simulated=True,
