@@ -217,3 +217,21 @@ def test_an_append_touches_a_logarithm_of_the_tree() -> None:
         merkle.append(store, size, b"x")
         bound = max(bound, store.touched)
     assert bound <= 3 * size.bit_length()
+
+
+@pytest.mark.threat("LOG-1")
+def test_a_consistency_proof_holds_for_its_two_roots_only(tree: merkle.MemoryStore) -> None:
+    for old in range(1, 17):
+        proof = merkle.consistency_proof(tree, old, 17)
+        roots = merkle.root(tree, old), merkle.root(tree, 17)
+        assert merkle.verify_consistency(old, 17, proof, *roots)
+        assert not merkle.verify_consistency(old, 17, proof, bytes(32), roots[1])
+        assert not merkle.verify_consistency(old, 17, proof, roots[0], bytes(32))
+
+
+@pytest.mark.threat("LOG-1")
+def test_the_border_between_two_hashes_cannot_be_moved(tree: merkle.MemoryStore) -> None:
+    left, right = merkle.leaf_hash(ENTRIES[0]), merkle.leaf_hash(ENTRIES[1])
+    root = merkle.root(tree, 2)
+    assert merkle.verify_inclusion(0, 2, left, [right], root)
+    assert not merkle.verify_inclusion(0, 2, left[:-1], [left[-1:] + right], root)

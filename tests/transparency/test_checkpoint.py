@@ -143,6 +143,11 @@ def test_extension_lines_and_unknown_signatures_are_passed_over(log: Any) -> Non
     assert Checkpoint.verify(more, log.origin, log.public).size == 3
 
 
+def test_control_characters_are_refused_also_where_the_log_signed_them(log: Any) -> None:
+    with pytest.raises(LogRefused, match="control characters"):
+        Checkpoint.verify(signed(log, f"{log.origin}\n3\n{ROOT}\n\x1b[2J\n"), log.origin, log.public)
+
+
 @pytest.mark.parametrize(
     "text",
     [

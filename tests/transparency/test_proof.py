@@ -63,6 +63,8 @@ def test_an_entry_that_is_not_there_has_no_proof(log: Any) -> None:
     ):
         with pytest.raises(LogRefused):
             given_proof.verify(entry, log.seen(size))
+    with pytest.raises(LogRefused, match="the proof is for 300 entries, the checkpoint for 301"):
+        proof.verify(log.entries[77], log.seen(301))
 
 
 @pytest.mark.parametrize(
