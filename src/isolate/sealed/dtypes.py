@@ -73,7 +73,7 @@ def _numpy_name(dtype: np.dtype[Any]) -> str:
     if tag in DTYPE_BITS:
         return str(tag)
     for name, kind in _NUMPY.items():
-        if dtype == kind:
+        if dtype.newbyteorder("=") == kind:
             return name
     for name, kind_name in _ML_DTYPES.items():
         if dtype.name == kind_name:

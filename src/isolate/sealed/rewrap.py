@@ -19,11 +19,13 @@ key before still holds it: only sealing anew, into a new file, shuts somebody ou
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from isolate.errors import UsageError
+from isolate.errors import StorageError, UsageError
 from isolate.sealed.header import Slot, live_slot
 from isolate.sealed.keys import header_mac
 from isolate.sealed.layout import HEADER_SIZE, JOURNAL, JOURNAL_OFFSET, SLOT_OFFSETS, SLOT_SIZE
@@ -51,29 +53,40 @@ def rewrap(path: PathLike, *, identity: AnyIdentity, recipients: Sequence[AnyRec
 
     Raises NoRecipient, Tampered, UsageError (none, double, labels that do not mix, or too many), StorageError.
     """
-    with FileSource(path) as source:
-        facts = read_facts(source)
-        header = read_exactly(source, 0, HEADER_SIZE, "header")
     if not recipients:
         raise UsageError("a file needs a recipient, or nobody could open it")
-    params, commitment = facts.slot.params, facts.slot.commitment
-    with file_key(facts, identity) as key:
-        stanzas = wrap(key, recipients, params, commitment)
-        authenticated = Slot.unauthenticated(facts.slot.generation + 1, params, commitment, stanzas)
-        slot = Slot.finish(authenticated, header_mac(key, params, authenticated))
-    _write(Path(path), plan(header, slot))
-
-
-def _write(path: Path, writes: Iterator[tuple[int, bytes]]) -> None:
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    with _locked(Path(path)) as descriptor:
+        # Through the descriptor: what is read, locked and written is one file, whatever the name means by then.
+        with FileSource(f"/proc/self/fd/{descriptor}") as source:
+            facts = read_facts(source)
+            header = read_exactly(source, 0, HEADER_SIZE, "header")
+        params, commitment = facts.slot.params, facts.slot.commitment
+        with file_key(facts, identity) as key:
+            stanzas = wrap(key, recipients, params, commitment)
+            authenticated = Slot.unauthenticated(facts.slot.generation + 1, params, commitment, stanzas)
+            slot = Slot.finish(authenticated, header_mac(key, params, authenticated))
         try:
-            for offset, data in writes:
+            for offset, data in plan(header, slot):
                 done = 0
                 while done < len(data):
                     done += os.pwrite(descriptor, data[done:], offset + done)
                 os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        except OSError as error:
+            raise storage_error(f"cannot write {path}", error) from None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """The file, open for writing and held against another rewrap."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise storage_error(f"cannot write {path}", error) from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StorageError(f"{path} is being rewrapped by somebody else") from None
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -37,7 +37,7 @@ from isolate.sealed.stores import FileSource, PathLike, Sink, Source, open_sink
 from isolate.sealed.writer import Compartments, Progress, SealedWriter
 
 # unseal holds at most so much plaintext at once, in bytes.
-_BATCH = 64 << 20
+_BATCH = 16 << 20
 
 
 def save_file(
@@ -262,16 +262,16 @@ def unseal_file(
         sink = open_sink(target, mode=0o600)
         try:
             sink.write(write_header(rows, reader.metadata))
-            done = 0
+            done, batch = 0, memoryview(bytearray(_BATCH))
             for place in reader.places.values():
                 for start in range(0, place.entry.size, _BATCH):
-                    batch = bytearray(min(_BATCH, place.entry.size - start))
-                    reader.fill({place.compartment: [Piece(place.start + start, memoryview(batch))]})
-                    sink.write(batch)
-                    wipe(batch)
+                    part = batch[: min(_BATCH, place.entry.size - start)]
+                    reader.fill({place.compartment: [Piece(place.start + start, part)]})
+                    sink.write(part)
                 done += place.entry.size
                 if progress is not None:
                     progress(done)
+            wipe(batch)
             sink.commit()
         except BaseException:
             sink.abort()
