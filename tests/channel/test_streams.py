@@ -130,7 +130,7 @@ def test_a_cut_is_no_close(linked: tuple[Channel, Channel], cut: str) -> None:
     one, other = linked
     one.send(b"first")
     if cut == "inside a record":
-        with one._sending:
+        with one._end.sending:
             record = bytes(one._end._sealer.seal(channel.record.Kind.DATA, b"second"))
             one._wire.send(record[:-1])
     one._wire.drop(shared=False)

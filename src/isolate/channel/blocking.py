@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -63,7 +62,6 @@ class Channel:
     def __init__(self, wire: Wire, session: Session) -> None:
         self._wire = wire
         self._end = Endpoint(session, wire.inbox)
-        self._sending, self._receiving = threading.Lock(), threading.Lock()
 
     @property
     def peer(self) -> AttestedPeer | HolderPeer:
@@ -83,19 +81,22 @@ class Channel:
 
     def send(self, data: Buffer) -> None:
         """Send one message: bytes, a memoryview, a numpy array, a torch CPU tensor (C-contiguous)."""
-        view = flat(data)
-        end = self._end
+        view, end = flat(data), self._end
         # Before the lock too: in a forked child a thread that is not there may hold it.
         end.check_open()
-        with self._sending:
-            end.check_open()
-            self._look()
-            record = end.single(view)
-            if record is not None:
-                self._put(record)
-                return
-            for record in end.outgoing(view):
-                self._put(record)
+        try:
+            with end.sending:
+                record = end.single(view)
+                if record is not None:
+                    self._put(record)
+                    return
+                end.check_open()
+                self._look(sending=True)
+                for record in end.outgoing(view):
+                    self._put(record)
+        finally:
+            if end.over:
+                end.tidy()
 
     def _put(self, record: memoryview) -> None:
         try:
@@ -124,77 +125,88 @@ class Channel:
         return count  # type: ignore[no-any-return]
 
     def _receive(self, target: memoryview | None) -> int | bytearray:
+        end = self._end
+        end.check_open()
+        try:
+            with end.receiving:
+                return self._receive_alone(target)
+        finally:
+            if end.over:
+                end.tidy()
+
+    def _receive_alone(self, target: memoryview | None) -> int | bytearray:
         end, wire = self._end, self._wire
         end.check_open()
-        with self._receiving:
-            end.check_open()
+        if end.standing.renews:
             self._show_again()
-            try:
-                while need := end.pull(target):
-                    if not wire.fill(need):
-                        if end.over:
-                            raise ChannelClosed("this channel was closed while it waited")
-                        self._drop()
-                        raise end.truncated()
-                message = end.message
-            except ChannelTimeout:
-                # Nothing came: one may ask again. A record that came in part never came whole in time: over, since
-                # who bends a length would otherwise have the reader wait for ever.
-                if end.midway:
-                    self._fail("a record did not come whole in time")
-                raise
-            except RecordRefused as error:
-                self._fail(error.message)
-                raise
-            except HandshakeRefused as error:
-                self._refuse(error)
-                raise
-            except ChannelClosed:
-                self._fail("the peer closed it")
-                raise
-            except BaseException:
-                # An interrupt in the middle of a long message: the rest of it cannot be told from the next one.
-                if end.midway and not isinstance(sys.exception(), UsageError):
-                    self._fail("reading was interrupted")
-                raise
-            try:
-                self._look()
-            except HandshakeRefused:
-                wipe(target if isinstance(message, int) else message)  # type: ignore[arg-type]
-                raise
+        try:
+            while need := end.pull(target):
+                if not wire.fill(need):
+                    if end.over:
+                        raise ChannelClosed("this channel was closed while it waited")
+                    self._drop()
+                    raise end.truncated()
+            message = end.message
+        except ChannelTimeout:
+            # Nothing came: one may ask again. A record that came in part never came whole in time: over, since
+            # who bends a length would otherwise have the reader wait for ever.
+            if end.midway:
+                self._fail("a record did not come whole in time")
+            raise
+        except RecordRefused as error:
+            self._fail(error.message)
+            raise
+        except HandshakeRefused as error:
+            self._refuse(error, sending=False)
+            raise
+        except ChannelClosed:
+            self._fail("the peer closed it")
+            raise
+        except BaseException:
+            # An interrupt in the middle of a long message: the rest of it cannot be told from the next one.
+            if end.midway and not isinstance(sys.exception(), UsageError):
+                self._fail("reading was interrupted")
+            raise
+        if not end.due:
+            return message
+        try:
+            self._look(sending=False)
+        except HandshakeRefused:
+            wipe(target if isinstance(message, int) else message)  # type: ignore[arg-type]
+            raise
+
         return message
 
-    def _look(self) -> None:
+    def _look(self, *, sending: bool) -> None:
         """End a session whose peer is no longer admitted. Raises HandshakeRefused."""
         try:
             self._end.standing.look()
         except HandshakeRefused as error:
-            self._refuse(error)
+            self._refuse(error, sending=sending)
             raise
 
     def _show_again(self) -> None:
         """Show a newer token of ours, if there is one and nobody is sending: the next call will otherwise."""
-        if self._end.standing.renews and self._sending.acquire(blocking=False):
+        if self._end.sending.acquire(blocking=False):
             try:
                 record = self._end.attesting()
                 if record is not None:
                     self._put(record)
             finally:
-                self._sending.release()
+                self._end.sending.release()
 
     def reattest(self) -> None:
         """Show our newest token now. The peer checks it before it takes anything that comes after."""
         self._end.check_open()
-        with self._sending:
+        with self._end.sending:
             record = self._end.attesting(now=True)
             if record is None:
                 raise UsageError("this end is not attested")
             self._put(record)
 
-    def _refuse(self, error: HandshakeRefused) -> None:
-        """Tell the peer a code, if it can still be told, and end."""
-        with contextlib.suppress(ChannelError):
-            self._wire.send(self._end.closing(error.code))
+    def _refuse(self, error: HandshakeRefused, *, sending: bool) -> None:
+        """Tell the peer a code, if it can still be told, and end. ``sending``: the caller holds the lock."""
+        self._say_goodbye(error.code, sending=sending)
         self._fail(error.message)
 
     def _fail(self, why: str) -> None:
@@ -204,16 +216,22 @@ class Channel:
     def close(self) -> None:
         """Tell the peer that this is the end, and end; what the peer still sends is lost. Twice does no harm."""
         if not self._end.over:
-            # A sender that is stuck holds the lock; shutting the socket down frees it.
-            if self._sending.acquire(timeout=1.0):
-                try:
-                    if not self._end.over:
-                        with contextlib.suppress(ChannelError):
-                            self._wire.send(self._end.closing())
-                finally:
-                    self._sending.release()
+            self._say_goodbye("", sending=False)
             self._end.end("it was closed here")
         self._drop()
+
+    def _say_goodbye(self, code: str, *, sending: bool) -> None:
+        end = self._end
+        # A sender that is stuck holds the lock; dropping the transport afterwards frees it.
+        if not sending and not end.sending.acquire(timeout=1.0):
+            return
+        try:
+            if not end.over:
+                with contextlib.suppress(ChannelError):
+                    self._wire.send(end.closing(code))
+        finally:
+            if not sending:
+                end.sending.release()
 
     def _drop(self) -> None:
         # After a fork the transport is the parent's too: shutting it down would end the parent's channel.

@@ -53,7 +53,9 @@ class Kind(IntEnum):
     ATTEST = 21
 
 
-_KINDS = {int(kind): kind for kind in Kind}
+# The same header in two words: the first is the kind and three zeros.
+_WORDS = struct.Struct(">II")
+_KINDS = {kind << 24: kind for kind in Kind}
 
 
 @frozen
@@ -77,17 +79,16 @@ def hard_limits(suite: Suite) -> RekeyLimits:
 class _Direction:
     """What sealing and opening share: the key, the record number and what the key has protected."""
 
-    __slots__ = ("_bytes", "_key", "_lane", "_records", "epoch", "limits", "sequence", "suite", "tag_size")
+    __slots__ = ("_key", "_lane", "epoch", "limits", "overhead", "sequence", "suite", "tag_size")
 
     def __init__(self, suite: Suite, key: Secret, limits: RekeyLimits) -> None:
         self.suite, self.limits = suite, limits
         self._key = Secret(key.expose())
         self._lane = Lane(suite, self._key)
         self.tag_size = suite.tag_size
+        self.overhead = HEADER_SIZE + suite.tag_size
         self.sequence = 0
         self.epoch = 0
-        self._bytes = 0
-        self._records = 0
 
     def _rekey(self) -> None:
         """The next key is a one-way function of this one, which is wiped (spec, 5.4)."""
@@ -95,7 +96,6 @@ class _Direction:
         new = derive(self._key, Label.CHANNEL_REKEY, self.epoch)
         self.wipe()
         self._key, self._lane = new, Lane(self.suite, new)
-        self._bytes = self._records = 0
 
     def wipe(self) -> None:
         """Forget the keys; whatever comes after raises UsageError. Not while another thread is in a call."""
@@ -109,7 +109,7 @@ class _Direction:
 class Sealer(_Direction):
     """Makes records in the order in which they must be sent. One thread at a time: the channel has a lock."""
 
-    __slots__ = ("_born", "_clock", "_pin")
+    __slots__ = ("_clock", "_pin", "bytes_left", "records_left", "until")
 
     def __init__(
         self,
@@ -123,18 +123,23 @@ class Sealer(_Direction):
         if self.limits.bytes > hard.bytes:
             raise UsageError(f"{suite.title} protects at most {hard.bytes} bytes under one key")
         self._clock = clock
-        self._born = clock()
         self._pin = Pin(HEADER_SIZE + SMALL + self.tag_size)
+        self._renew()
 
-    def seal(self, kind: Kind, plaintext: memoryview = _NOTHING) -> memoryview:
+    def _renew(self) -> None:
+        self.bytes_left = self.limits.bytes
+        # One is kept for the REKEY record itself.
+        self.records_left = self.limits.records - 1
+        self.until = self._clock() + self.limits.seconds
+
+    def seal(self, kind: int, plaintext: memoryview = _NOTHING) -> memoryview:
         """The next record, in a buffer that the next call overwrites.
 
         ``plaintext`` is a flat view of bytes (``aead.as_bytes``), at most PART_SIZE of them (UsageError).
         """
-        size, sequence = len(plaintext), self.sequence
-        end = HEADER_SIZE + size + self.tag_size
-        pin = self._pin
-        if end > len(pin.raw):
+        size, sequence, pin = len(plaintext), self.sequence, self._pin
+        end = size + self.overhead
+        if end > pin.size:
             if size > PART_SIZE:
                 raise UsageError(f"one record holds at most {PART_SIZE} bytes")
             pin = self._pin = Pin(HEADER_SIZE + PART_SIZE + self.tag_size)
@@ -142,43 +147,40 @@ class Sealer(_Direction):
             raise RecordRefused("the record numbers are used up")
         # Counted before it is sealed: whatever happens then, this number is not used again.
         self.sequence = sequence + 1
-        self._records += 1
-        self._bytes += size
-        HEADER.pack_into(pin.raw, 0, kind, 0, 0, size)
-        self._lane.seal(sequence, pin, HEADER_SIZE, plaintext)
+        self.records_left -= 1
+        self.bytes_left -= size
+        _WORDS.pack_into(pin.raw, 0, kind << 24, size)
+        self._lane.seal(sequence, pin, plaintext)
         return pin.view[:end]
 
     def due(self, size: int) -> bool:
         """Whether a REKEY record must go before a record of ``size`` bytes."""
-        limits = self.limits
-        return self._records > 0 and (
-            self._records + 2 > limits.records
-            or self._bytes + size > limits.bytes
-            or self._clock() - self._born >= limits.seconds
-        )
+        used = self.records_left < self.limits.records - 1
+        return used and (self.records_left <= 0 or self.bytes_left < size or self._clock() >= self.until)
 
     def rekey(self) -> memoryview:
         """The REKEY record; whatever is sealed after it is under the next key."""
         record = self.seal(Kind.REKEY)
         self._rekey()
-        self._born = self._clock()
+        self._renew()
         return record
 
 
 class Opener(_Direction):
     """Opens records in the order in which they were made; anything else is RecordRefused, and the end."""
 
-    __slots__ = ()
+    __slots__ = ("_bytes", "_records")
 
     def __init__(self, suite: Suite, key: Secret) -> None:
         super().__init__(suite, key, hard_limits(suite))
+        self._bytes = self._records = 0
 
     @staticmethod
     def parse(raw: bytearray | bytes, at: int) -> tuple[Kind, int]:
         """Kind and bytes of plaintext of the header at ``at``, not yet authenticated. Raises RecordRefused."""
-        number, flags, reserved, size = HEADER.unpack_from(raw, at)
-        kind = _KINDS.get(number)
-        if kind is None or flags or reserved or size > PART_SIZE:
+        word, size = _WORDS.unpack_from(raw, at)
+        kind = _KINDS.get(word)
+        if kind is None or size > PART_SIZE:
             raise RecordRefused("a record's header is malformed")
         return kind, size
 
@@ -187,10 +189,11 @@ class Opener(_Direction):
         size, sequence = len(plaintext), self.sequence
         if self._records >= self.limits.records or self._bytes + size > self.limits.bytes:
             raise RecordRefused("the peer went on under a key that is used up")
-        if sequence >= LAST_SEQUENCE or not self._lane.open(sequence, pin, at, HEADER_SIZE, size, plaintext):
+        if sequence >= LAST_SEQUENCE or not self._lane.open(sequence, pin, at, plaintext):
             raise RecordRefused("a record does not authenticate")
         self.sequence = sequence + 1
         self._records += 1
         self._bytes += size
         if kind is Kind.REKEY:
             self._rekey()
+            self._bytes = self._records = 0

@@ -34,16 +34,21 @@ MAX_MESSAGE = 2**30  # bytes that recv() allocates for one message at most; recv
 MAX_CODE = 64
 MAX_ATTEST = 128 * 1024
 _LENGTH = struct.Struct(">Q")
+_DATA = int(Kind.DATA)
 
 
 def flat(data: Any) -> memoryview:
     """A view in bytes of a buffer or a torch CPU tensor. Raises UsageError for anything else."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(data, torch.Tensor):
+    try:
+        view = memoryview(data)
+    except TypeError:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(data, torch.Tensor):
+            raise UsageError(f"a {type(data).__name__} gives no buffer of bytes") from None
         if data.device.type != "cpu" or not data.is_contiguous():
-            raise UsageError("a tensor must be contiguous and on the CPU")
+            raise UsageError("a tensor must be contiguous and on the CPU") from None
         return as_bytes(data.detach().reshape(-1).view(torch.uint8).numpy())
-    return as_bytes(data)
+    return view if view.format == "B" and view.ndim == 1 and view.c_contiguous else as_bytes(view)
 
 
 class Inbox:
@@ -61,9 +66,9 @@ class Inbox:
     def space(self, need: int) -> memoryview:
         """Where to put what comes next, so that ``need`` bytes lie here: what is missing, or up to SMALL."""
         have = self.end - self.start
-        room = max(need - have, SMALL - have)
-        if self.end + room > len(self.pin.raw):
-            pin = self.pin if have + room <= len(self.pin.raw) else Pin(PART_SIZE + 2 * SMALL)
+        room = (need if need > SMALL else SMALL) - have
+        if self.end + room > self.pin.size:
+            pin = self.pin if have + room <= self.pin.size else Pin(PART_SIZE + 2 * SMALL)
             # What was read ahead, at most SMALL bytes.
             pin.view[:have] = self.pin.view[self.start : self.end]
             self.pin, self.start, self.end = pin, 0, have
@@ -95,8 +100,8 @@ class Endpoint:
         self.suite: Suite = session.suite
         self.standing = session.standing
         self._sealer, self._opener, self._inbox = session.sealer, session.opener, inbox
-        # Held around each call of a cipher, and never while waiting: so that keys are not wiped under one.
-        self._sealing, self._opening = threading.Lock(), threading.Lock()
+        # Whoever uses a key holds its lock, so that it is not wiped in the middle: see end() and tidy().
+        self.sending, self.receiving = threading.Lock(), threading.Lock()
         self.message: int | bytearray = 0
         self._long: int | None = None
         self._view: memoryview | None = None
@@ -116,6 +121,11 @@ class Endpoint:
         return self._over is not None
 
     @property
+    def due(self) -> bool:
+        """Whether it is time to look after the standing of the peer, or of ourselves."""
+        return self.standing.clock() >= self.standing.due
+
+    @property
     def midway(self) -> bool:
         """Whether a record or a long message has come in part."""
         return self._view is not None or len(self._inbox) > 0
@@ -129,18 +139,24 @@ class Endpoint:
         """No byte goes in or out any more; keys, and a message that came in part, are wiped."""
         if self._over is None:
             self._over = why
-        with self._sealing:
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Wipe what nobody is using. A thread that holds one of the locks calls this again when it lets go."""
+        if self.sending.acquire(blocking=False):
             self._sealer.wipe()
-        with self._opening:
+            self.sending.release()
+        if self.receiving.acquire(blocking=False):
             self._opener.wipe()
             if self._view is not None:
                 wipe(self._view)
                 self._view = None
+            self.receiving.release()
 
     def after_fork(self) -> None:
         """In the child: its copies of keys and counters would repeat nonces. Locks may be held by nobody there."""
         self.forked = True
-        self._sealing, self._opening = threading.Lock(), threading.Lock()
+        self.sending, self.receiving = threading.Lock(), threading.Lock()
         self.end("the process forked, and the channel stays with the parent")
 
     def check_open(self) -> None:
@@ -155,20 +171,27 @@ class Endpoint:
     # Out. Each record is to be sent whole before the next one is made.
 
     def _seal(self, kind: Kind, data: memoryview) -> memoryview:
-        with self._sealing:
-            self.check_open()
-            return self._sealer.seal(kind, data)
+        self.check_open()
+        return self._sealer.seal(kind, data)
 
     def _rekey(self) -> memoryview:
-        with self._sealing:
-            self.check_open()
-            return self._sealer.rekey()
+        self.check_open()
+        return self._sealer.rekey()
 
     def single(self, data: memoryview) -> memoryview | None:
-        """The one record of a message that takes one record, and no other before it; else None."""
-        if len(data) > PART_SIZE or self._sealer.due(len(data)):
+        """The one record of a message when one is all that it takes; None when there is anything else to do."""
+        size, sealer, standing = len(data), self._sealer, self.standing
+        now = standing.clock()
+        if (
+            size > PART_SIZE
+            or now >= standing.due
+            or now >= sealer.until
+            or size > sealer.bytes_left
+            or sealer.records_left <= 0
+            or self._over is not None
+        ):
             return None
-        return self._seal(Kind.DATA, data)
+        return sealer.seal(_DATA, data)
 
     def outgoing(self, data: memoryview) -> Iterator[memoryview]:
         """The records of any message."""
@@ -211,7 +234,7 @@ class Endpoint:
             if have < HEADER_SIZE:
                 return HEADER_SIZE
             kind, size = opener.parse(inbox.pin.raw, inbox.start)
-            total = HEADER_SIZE + size + opener.tag_size
+            total = size + opener.overhead
             if kind is Kind.DATA and self._view is None:
                 if target is not None and size > len(target):
                     raise UsageError(f"the message has {size} bytes, the buffer {len(target)}")
@@ -222,7 +245,7 @@ class Endpoint:
                     self._open(kind, memoryview(self.message))
                 else:
                     self.message = size
-                    self._open(kind, target[:size])
+                    self._open(kind, target if len(target) == size else target[:size])
                 inbox.drop(total)
                 return 0
             self._check_place(kind, size)
@@ -241,9 +264,9 @@ class Endpoint:
                 return 0
 
     def _open(self, kind: Kind, out: memoryview) -> None:
-        with self._opening:
+        if self._over is not None:
             self.check_open()
-            self._opener.open(self._inbox.pin, self._inbox.start, kind, out)
+        self._opener.open(self._inbox.pin, self._inbox.start, kind, out)
 
     def _check_place(self, kind: Kind, size: int) -> None:
         """Which kinds may come where, and how long they are: checked before their bytes are waited for."""

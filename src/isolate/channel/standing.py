@@ -12,6 +12,7 @@ record, signed over the session and the record's number), refuses a peer whose t
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 
@@ -47,19 +48,23 @@ class Standing:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.peer = peer
-        self._identity, self._expect, self._statement, self._clock = identity, expect, statement, clock
+        self._identity, self._expect, self._statement, self.clock = identity, expect, statement, clock
         self._shown = identity.current() if isinstance(identity, Attested) else ""
         # Only a token that is asked for can be a newer one.
         self.renews = isinstance(identity, Attested) and not isinstance(identity.token, str)
-        self._next_show = clock() + SHOW_EVERY
-        self._next_look = float("-inf")
+        self._next_show = clock() + SHOW_EVERY if self.renews else math.inf
+        self._watches = isinstance(peer, AttestedPeer) and expect is not None
+        self._next_look = -math.inf if self._watches else math.inf
+        # The time of the next thing to do: what a busy channel compares with, and nothing more.
+        self.due = self._next_look
 
     def look(self) -> None:
         """Raise HandshakeRefused when the peer's attestation stands no longer. It looks only when it is time."""
-        now, expect, peer = self._clock(), self._expect, self.peer
+        now, expect, peer = self.clock(), self._expect, self.peer
         if now < self._next_look or expect is None or not isinstance(peer, AttestedPeer):
             return
         self._next_look = now + expect.recheck_every
+        self.due = min(self._next_look, self._next_show)
         if expect.max_stale is not None and expect.clock() > peer.result.expires + expect.max_stale:
             raise HandshakeRefused("the peer's attestation ran out and was not renewed", code="attestation_stale")
         if expect.recheck is not None:
@@ -73,9 +78,10 @@ class Standing:
     def again(self, number: int, *, now: bool = False) -> bytes | None:
         """The body of an ATTEST record with this number, when there is a newer token to show (or ``now``)."""
         if not now:
-            if not self.renews or self._clock() < self._next_show:
+            if not self.renews or self.clock() < self._next_show:
                 return None
-            self._next_show = self._clock() + SHOW_EVERY
+            self._next_show = self.clock() + SHOW_EVERY
+            self.due = min(self._next_look, self._next_show)
         if not isinstance(self._identity, Attested):
             return None
         token = self._identity.current()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 from isolate.channel.blocking import Channel
 from isolate.channel.handshake import MAX_FRAME, Handshake, Session, refusal
 from isolate.channel.peers import Attested, Expect, Holder
-from isolate.channel.record import HEADER_SIZE, RekeyLimits
+from isolate.channel.record import HEADER_SIZE, SMALL, RekeyLimits
 from isolate.channel.session import Inbox
 from isolate.crypto.aead import Suite
 from isolate.errors import (
@@ -82,18 +82,19 @@ class SocketWire:
         The kernel bounds one wait; ``deadline``, or the timeout from the first wait that was too short, bounds all.
         """
         inbox = self.inbox
-        while (missing := need - len(inbox)) > 0:
-            space = inbox.space(need)
+        while (missing := need - inbox.end + inbox.start) > 0:
+            # Little is read ahead, in one call; much is read exactly, and waited for in one call.
+            flags = socket.MSG_WAITALL if missing > SMALL else 0
             try:
-                count = self.sock.recv_into(space, 0, socket.MSG_WAITALL if len(space) == missing else 0)
+                count = self.sock.recv_into(inbox.space(need), 0, flags)
             except BlockingIOError:
                 raise ChannelTimeout("the peer sent nothing in time") from None
             except OSError:
                 return False
             if not count:
                 return False
-            inbox.added(count)
-            if len(inbox) < need and self.timeout is not None:
+            inbox.end += count
+            if count < missing and self.timeout is not None:
                 now = time.monotonic()
                 if deadline is None:
                     deadline = now + self.timeout
