@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Self
@@ -40,15 +41,18 @@ MAX_CERTIFICATE = 16 * 1024  # bytes of one certificate; AMD's, the largest seen
 
 _UNDERSTOOD = {ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE, ExtensionOID.EXTENDED_KEY_USAGE}
 _SMALLEST_RSA = 2048
+_FILTERS = threading.Lock()
 
 
 def load(data: bytes) -> list[Certificate]:
     """The certificates in ``data``: one in DER, or any number up to 16 in PEM. Raises MalformedError."""
     if len(data) > MAX_CERTIFICATES * MAX_CERTIFICATE:
         raise MalformedError("the certificates are too large")
-    with warnings.catch_warnings():
+    # The filters of warnings are one list for all threads.
+    with _FILTERS, warnings.catch_warnings():
         # AMD issues every VCEK with serial number 0, which RFC 5280 forbids.
         warnings.filterwarnings("ignore", "Parsed a serial number", CryptographyDeprecationWarning)
+        warnings.filterwarnings("error", "Attribute's length", UserWarning)
         try:
             if b"-----BEGIN" in data:
                 found = x509.load_pem_x509_certificates(data)

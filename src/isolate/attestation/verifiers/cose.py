@@ -28,11 +28,13 @@ def signed_bytes(protected: bytes, payload: bytes) -> bytes:
     return cbor.encode(["Signature1", protected, b"", payload])
 
 
-def decode_lenient(data: bytes, *, allow_tag: int | None = None) -> Any:
+def decode_lenient(data: bytes, *, tag: int | None = None) -> Any:
     """Foreign CBOR: any length form and map order, but one item, no trailing bytes and no key twice.
 
-    ``allow_tag`` is the one tag that may stand around it. Raises MalformedError.
+    ``tag`` (6 to 23) may stand in front of it, once, in its one-byte form. Raises MalformedError.
     """
+    if tag is not None and data[:1] == bytes([0xC0 | tag]):
+        data = data[1:]
     stream = BytesIO(data)
     try:
         value = cbor2.CBORDecoder(stream, max_depth=_MAX_DEPTH, allow_duplicate_keys=False).decode()
@@ -41,8 +43,4 @@ def decode_lenient(data: bytes, *, allow_tag: int | None = None) -> Any:
         raise MalformedError("not CBOR, or a map with a key twice") from None
     if stream.tell() != len(data):
         raise MalformedError("bytes follow the CBOR item")
-    if isinstance(value, cbor2.CBORTag):
-        if value.tag != allow_tag:
-            raise MalformedError("an unexpected CBOR tag")
-        value = value.value
     return value

@@ -48,7 +48,7 @@ OPTIONAL = ("public_key", "user_data", "nonce")  # absent, null or bytes
 
 def _parts(evidence: bytes) -> list[Any]:
     try:
-        parts = decode_lenient(evidence, allow_tag=SIGN1_TAG)
+        parts = decode_lenient(evidence, tag=SIGN1_TAG)
     except MalformedError:
         parts = None
     shaped = isinstance(parts, list) and [type(one) for one in parts] == [bytes, dict, bytes, bytes]

@@ -11,9 +11,11 @@ The checks, in order:
 2. kind: of a TDX module, not of an SGX enclave;
 3. length: the quote ends where it says; zeros after it are stripped and reported, anything else refuses;
 4. debug: no debug or profiled TD: the operator of one reads its memory;
-5. anchor: Intel's pinned root is among the trusted ones;
-6. collateral: one JSON document, of which nothing has expired at the time of verification;
-7. quote: dcap-qvl accepts chain, CRLs, TCB info, QE identity and signatures at that time.
+5. certification: what no signature covers has one form: the types of the certification data, the PEM text of the
+   chain, and its last certificate, which is Intel's root (dcap-qvl looks at neither);
+6. anchor: Intel's pinned root is among the trusted ones;
+7. collateral: one JSON document, of which nothing has expired at the time of verification;
+8. quote: dcap-qvl accepts chain, CRLs, TCB info, QE identity and signatures at that time.
 
 Nothing is fetched. dcap-qvl's own texts are not repeated, as they could be the attacker's.
 """
@@ -22,40 +24,65 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isolate.attestation.claims import VerifiedClaims, require, verifier, vouch
 from isolate.attestation.roots import PINNED, root
 from isolate.crypto import x509
-from isolate.errors import MissingExtra
+from isolate.errors import MalformedError, MissingExtra
 
 KIND = "tdx"
 MAX_SIZE = 32 * 1024
 MAX_COLLATERAL = 128 * 1024
 _HEADER = 48
 _BODY_V4 = 584
+_SIGNATURE, _KEY, _QE_REPORT = 64, 64, 384
 _TEE_TDX = 0x81
 _ECDSA_P256 = 2
 _DEBUG_BITS = 0xFF  # td_attributes, "TD under debug": bit 0 DEBUG, the others reserved or profiling
 _MIGRATABLE = 1 << 29
 
 
+def _start(quote: bytes) -> int:
+    """Where the signature data begins, behind its length (4 bytes)."""
+    if int.from_bytes(quote[:2], "little") == 4:
+        return _HEADER + _BODY_V4 + 4
+    return _HEADER + 6 + int.from_bytes(quote[_HEADER + 2 : _HEADER + 6], "little") + 4
+
+
 def _end(quote: bytes) -> int:
     """Where the quote says that it ends, or -1."""
-    if int.from_bytes(quote[:2], "little") == 4:
-        at = _HEADER + _BODY_V4
-    else:
-        at = _HEADER + 6 + int.from_bytes(quote[_HEADER + 2 : _HEADER + 6], "little")
-    if at + 4 > len(quote):
+    start = _start(quote)
+    if start > len(quote):
         return -1
-    return at + 4 + int.from_bytes(quote[at : at + 4], "little")
+    return start + int.from_bytes(quote[start - 4 : start], "little")
 
 
 def _attributes(quote: bytes) -> int:
     """td_attributes: 120 bytes into the body, in every version."""
     body = _HEADER if int.from_bytes(quote[:2], "little") == 4 else _HEADER + 6
     return int.from_bytes(quote[body + 120 : body + 128], "little")
+
+
+def _certified(quote: bytes) -> bool:
+    """Whether the certification data is of the types 6 and 5, and holds a chain that ends at Intel's root."""
+    start = _start(quote)
+    report = start + _SIGNATURE + _KEY  # of type 6: the QE's report, its signature, data, and the PCK chain
+    outer, outer_size = quote[report : report + 2], int.from_bytes(quote[report + 2 : report + 6], "little")
+    auth = report + 6 + _QE_REPORT + _SIGNATURE
+    inner = auth + 2 + int.from_bytes(quote[auth : auth + 2], "little")
+    inner_size = int.from_bytes(quote[inner + 2 : inner + 6], "little")
+    if outer != b"\x06\x00" or quote[inner : inner + 2] != b"\x05\x00":
+        return False
+    if report + 6 + outer_size != len(quote) or inner + 6 + inner_size != len(quote):
+        return False
+    text = re.fullmatch(rb"([ -~\r\n]+-----END CERTIFICATE-----)\n?\0*", quote[inner + 6 :])
+    chain = x509.load(quote[inner + 6 :].rstrip(b"\0"))
+    written = b"".join(x509.pem(x509.der(one)) for one in chain)
+    same = text is not None and re.sub(rb"\s", b"", text[1]) == re.sub(rb"\s", b"", written)
+    return same and x509.der(chain[-1]) == root("intel-sgx-root")
 
 
 def _unix(text: object) -> float:
@@ -119,16 +146,22 @@ def verify(
 
     require(not _attributes(quote) & _DEBUG_BITS, 4, "debug", "a debug TD: its operator reads its memory")
 
+    try:
+        certified = _certified(quote)
+    except MalformedError:
+        certified = False
+    require(certified, 5, "certification", "the quote's certification data is not a PCK chain up to Intel's root")
+
     trusted = PINNED[KIND] if anchors is None else anchors
-    require(PINNED[KIND][0] in trusted, 5, "anchor", "Intel's root is not among the trusted ones")
+    require(PINNED[KIND][0] in trusted, 6, "anchor", "Intel's root is not among the trusted ones")
 
     found = _collateral(collateral)
     text, ends = found or ("", 0.0)
-    require(found is not None, 6, "collateral", "a TDX quote takes one piece of collateral: dcap-qvl's JSON")
-    require(at <= ends, 6, "collateral_expired", "the collateral has expired at the time of verification")
+    require(found is not None, 7, "collateral", "a TDX quote takes one piece of collateral: dcap-qvl's JSON")
+    require(at <= ends, 7, "collateral_expired", "the collateral has expired at the time of verification")
 
     claims = _judge(quote, text, at)
-    require(claims is not None, 7, "quote", "the quote does not verify with this collateral at this time")
+    require(claims is not None, 8, "quote", "the quote does not verify with this collateral at this time")
     return _vouch(claims or {}, len(tail))
 
 
