@@ -55,6 +55,7 @@ class Kind(IntEnum):
 
 # The same header in two words: the first is the kind and three zeros.
 _WORDS = struct.Struct(">II")
+_REKEY = Kind.REKEY
 _KINDS = {kind << 24: kind for kind in Kind}
 
 
@@ -67,8 +68,8 @@ class RekeyLimits:
     seconds: float = 3600.0
 
     def __attrs_post_init__(self) -> None:
-        if not (0 < self.records <= 2**32 and 0 < self.bytes <= 2**40 and self.seconds > 0):
-            raise UsageError("rekey limits are above zero, and at most 2^32 records and 2^40 bytes")
+        if not (1 < self.records <= 2**32 and 0 < self.bytes <= 2**40 and self.seconds > 0):
+            raise UsageError("rekey limits are above one record and zero, and at most 2^32 records and 2^40 bytes")
 
 
 def hard_limits(suite: Suite) -> RekeyLimits:
@@ -79,7 +80,18 @@ def hard_limits(suite: Suite) -> RekeyLimits:
 class _Direction:
     """What sealing and opening share: the key, the record number and what the key has protected."""
 
-    __slots__ = ("_key", "_lane", "epoch", "limits", "overhead", "sequence", "suite", "tag_size")
+    __slots__ = (
+        "_key",
+        "_lane",
+        "bytes_left",
+        "epoch",
+        "limits",
+        "overhead",
+        "records_left",
+        "sequence",
+        "suite",
+        "tag_size",
+    )
 
     def __init__(self, suite: Suite, key: Secret, limits: RekeyLimits) -> None:
         self.suite, self.limits = suite, limits
@@ -89,6 +101,7 @@ class _Direction:
         self.overhead = HEADER_SIZE + suite.tag_size
         self.sequence = 0
         self.epoch = 0
+        self.bytes_left, self.records_left = limits.bytes, limits.records
 
     def _rekey(self) -> None:
         """The next key is a one-way function of this one, which is wiped (spec, 5.4)."""
@@ -96,6 +109,9 @@ class _Direction:
         new = derive(self._key, Label.CHANNEL_REKEY, self.epoch)
         self.wipe()
         self._key, self._lane = new, Lane(self.suite, new)
+        self.bytes_left, self.records_left = self.limits.bytes, self.limits.records
+        if self.sequence + self.records_left > LAST_SEQUENCE:
+            raise RecordRefused("the record numbers are used up")
 
     def wipe(self) -> None:
         """Forget the keys; whatever comes after raises UsageError. Not while another thread is in a call."""
@@ -109,7 +125,7 @@ class _Direction:
 class Sealer(_Direction):
     """Makes records in the order in which they must be sent. One thread at a time: the channel has a lock."""
 
-    __slots__ = ("_clock", "_pin", "bytes_left", "records_left", "until")
+    __slots__ = ("_clock", "_pin", "until")
 
     def __init__(
         self,
@@ -124,13 +140,7 @@ class Sealer(_Direction):
             raise UsageError(f"{suite.title} protects at most {hard.bytes} bytes under one key")
         self._clock = clock
         self._pin = Pin(HEADER_SIZE + SMALL + self.tag_size)
-        self._renew()
-
-    def _renew(self) -> None:
-        self.bytes_left = self.limits.bytes
-        # One is kept for the REKEY record itself.
-        self.records_left = self.limits.records - 1
-        self.until = self._clock() + self.limits.seconds
+        self.until = clock() + self.limits.seconds
 
     def seal(self, kind: int, plaintext: memoryview = _NOTHING) -> memoryview:
         """The next record, in a buffer that the next call overwrites.
@@ -143,8 +153,6 @@ class Sealer(_Direction):
             if size > PART_SIZE:
                 raise UsageError(f"one record holds at most {PART_SIZE} bytes")
             pin = self._pin = Pin(HEADER_SIZE + PART_SIZE + self.tag_size)
-        if sequence >= LAST_SEQUENCE:
-            raise RecordRefused("the record numbers are used up")
         # Counted before it is sealed: whatever happens then, this number is not used again.
         self.sequence = sequence + 1
         self.records_left -= 1
@@ -155,25 +163,25 @@ class Sealer(_Direction):
 
     def due(self, size: int) -> bool:
         """Whether a REKEY record must go before a record of ``size`` bytes."""
-        used = self.records_left < self.limits.records - 1
-        return used and (self.records_left <= 0 or self.bytes_left < size or self._clock() >= self.until)
+        used = self.records_left < self.limits.records
+        # One record is kept for the REKEY itself.
+        return used and (self.records_left <= 1 or self.bytes_left < size or self._clock() >= self.until)
 
     def rekey(self) -> memoryview:
         """The REKEY record; whatever is sealed after it is under the next key."""
         record = self.seal(Kind.REKEY)
         self._rekey()
-        self._renew()
+        self.until = self._clock() + self.limits.seconds
         return record
 
 
 class Opener(_Direction):
     """Opens records in the order in which they were made; anything else is RecordRefused, and the end."""
 
-    __slots__ = ("_bytes", "_records")
+    __slots__ = ()
 
     def __init__(self, suite: Suite, key: Secret) -> None:
         super().__init__(suite, key, hard_limits(suite))
-        self._bytes = self._records = 0
 
     @staticmethod
     def parse(raw: bytearray | bytes, at: int) -> tuple[Kind, int]:
@@ -186,14 +194,13 @@ class Opener(_Direction):
 
     def open(self, pin: Pin, at: int, kind: Kind, plaintext: memoryview) -> None:
         """Open the record at ``pin[at:]`` into ``plaintext``. Raises RecordRefused, and ``plaintext`` is wiped."""
-        size, sequence = len(plaintext), self.sequence
-        if self._records >= self.limits.records or self._bytes + size > self.limits.bytes:
+        sequence = self.sequence
+        self.records_left -= 1
+        self.bytes_left -= len(plaintext)
+        if self.records_left < 0 or self.bytes_left < 0:
             raise RecordRefused("the peer went on under a key that is used up")
-        if sequence >= LAST_SEQUENCE or not self._lane.open(sequence, pin, at, plaintext):
+        if not self._lane.open(sequence, pin, at, plaintext):
             raise RecordRefused("a record does not authenticate")
         self.sequence = sequence + 1
-        self._records += 1
-        self._bytes += size
-        if kind is Kind.REKEY:
+        if kind is _REKEY:
             self._rekey()
-            self._bytes = self._records = 0

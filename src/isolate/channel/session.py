@@ -187,7 +187,7 @@ class Endpoint:
             or now >= standing.due
             or now >= sealer.until
             or size > sealer.bytes_left
-            or sealer.records_left <= 0
+            or sealer.records_left <= 1
             or self._over is not None
         ):
             return None
