@@ -72,6 +72,9 @@ class Event(IntEnum):
     FIN = Kind.FIN
 
 
+_FRAMES = frozenset(Event) - {Event.START}
+
+
 class State(Enum):
     IDLE = "idle"
     WAIT_FIRST = "wait first"
@@ -181,7 +184,7 @@ class Handshake:
         if expect is None and (initiator or profile == "peer"):
             raise UsageError("this end needs expect=: what the other end must be")
         self._identity, self._expect, self._profile, self._purpose = identity, expect, profile, purpose
-        self._static = CurveKey.generate() if isinstance(identity, Holder) else CurveKey(identity.static)
+        self._static = CurveKey.generate() if isinstance(identity, Holder) else identity.curve
         self.initiator = initiator
         self._suites = tuple(suites) or (preferred_suite(), *Suite)
         self._rekey = rekey
@@ -206,7 +209,7 @@ class Handshake:
     def parse(header: bytes) -> tuple[Event, int]:
         """The kind of a frame and the size of its body. Raises HandshakeRefused."""
         number, flags, reserved, size = HEADER.unpack(header)
-        if flags or reserved or size > MAX_FRAME or number not in set(Event) - {Event.START}:
+        if flags or reserved or size > MAX_FRAME or number not in _FRAMES:
             raise HandshakeRefused("this is no frame of a channel's handshake", code="malformed")
         # FIN is a record: its header gives the bytes of plaintext, the tag comes behind them.
         return Event(number), size

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Final
 
-from attrs import field, frozen
+from attrs import asdict, field, frozen
 
 from isolate.attestation import result as results
 from isolate.attestation.evidence import KeyDigests
@@ -28,7 +28,12 @@ from isolate.errors import EvidenceRefused, HandshakeRefused, MalformedError, Re
 
 MAX_TOKEN = 16 * 1024  # characters
 
+MAX_SHOWN = 64000  # bytes: what fits into one message of the handshake
+MAX_KNOWN = 4096  # tokens whose signature is remembered as good
+
 _MADE_HERE: Final = object()
+_SIGNED: Final[dict[str, type]] = {"shown": bytes, "signature": bytes}
+_KNOWN: Final[dict[tuple[str, bytes, bool], AttestationResult]] = {}
 
 
 def _key_digests(keys: KeyDigests | Mapping[str, bytes]) -> KeyDigests:
@@ -48,10 +53,12 @@ class Attested:
     keys: KeyDigests = field(converter=_key_digests)
     static: Secret
     sign: SigningKey
+    curve: CurveKey = field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "curve", CurveKey(self.static))
         try:
-            self.keys.check("channel", CurveKey(self.static).public)
+            self.keys.check("channel", self.curve.public)
             self.keys.check("sign", self.sign.verifying_key.to_bytes())
         except EvidenceRefused:
             raise UsageError("these private keys are not the ones that were attested") from None
@@ -142,48 +149,36 @@ class Statement:
     responder: bytes
     before: bytes  # SHA-256 of what the other side showed; empty for the initiator, who shows first
 
-    def encode(self, shown: Mapping[str, Any]) -> bytes:
-        return cbor.encode(
-            {
-                "role": self.role,
-                "hash": self.hash,
-                "exported": self.exported,
-                "initiator": self.initiator,
-                "responder": self.responder,
-                "before": self.before,
-                "shown": hashlib.sha256(cbor.encode(dict(shown))).digest(),
-            }
-        )
+    def encode(self, shown: bytes) -> bytes:
+        """The bytes that are signed, with what is shown."""
+        return cbor.encode({**asdict(self), "shown": hashlib.sha256(shown).digest()})
 
 
 def show(identity: Attested | Holder, statement: Statement) -> bytes:
     """The body of A1 or A2: what is shown, and the signature that ties it to the session."""
     if isinstance(identity, Holder):
-        shown: dict[str, Any] = {"holder": identity.key.verifying_key.ed25519}
+        shown = cbor.encode({"holder": identity.key.verifying_key.ed25519})
         key, purpose = identity.key, Purpose.CHANNEL_HOLDER
     else:
         token = identity.current()
         if len(token) > MAX_TOKEN:
             raise UsageError(f"a result token is at most {MAX_TOKEN} characters")
-        shown = {
-            "token": token,
-            "keys": identity.keys.encode(),
-            "sign": identity.sign.verifying_key.to_bytes(),
-        }
+        sign = identity.sign.verifying_key.to_bytes()
+        shown = cbor.encode({"token": token, "keys": identity.keys.encode(), "sign": sign})
         key, purpose = identity.sign, Purpose.CHANNEL_PEER
-    return cbor.encode({**shown, "signature": key.sign(purpose, statement.encode(shown))})
+    return cbor.encode({"shown": shown, "signature": key.sign(purpose, statement.encode(shown))})
 
 
 def verify_holder(body: bytes, statement: Statement) -> HolderPeer:
     """Read a client's A1. Raises HandshakeRefused."""
     try:
-        shown = cbor.record(body, {"holder": bytes, "signature": bytes}, max_size=MAX_TOKEN)
+        signed = cbor.record(body, _SIGNED, max_size=MAX_SHOWN)
+        holder = cbor.record(signed["shown"], {"holder": bytes}, max_size=MAX_SHOWN)["holder"]
     except MalformedError:
         raise HandshakeRefused("the peer shows no holder key", code="malformed") from None
-    signature = shown.pop("signature")
-    if not signing.verify(shown["holder"], Purpose.CHANNEL_HOLDER, statement.encode(shown), signature):
+    if not signing.verify(holder, Purpose.CHANNEL_HOLDER, statement.encode(signed["shown"]), signed["signature"]):
         raise HandshakeRefused("the peer does not hold the key that it shows", code="holder_refused")
-    return HolderPeer(_MADE_HERE, shown["holder"])
+    return HolderPeer(_MADE_HERE, holder)
 
 
 def verify_attested(body: bytes, statement: Statement, expect: Expect, static: bytes) -> AttestedPeer:
@@ -196,14 +191,10 @@ def verify_attested(body: bytes, statement: Statement, expect: Expect, static: b
     4. The slot, instance, lineage and sequence are the pinned ones.
     """
     try:
-        fields: dict[str, type] = {"token": str, "keys": bytes, "sign": bytes, "signature": bytes}
-        shown = cbor.record(body, fields, max_size=2 * MAX_TOKEN)
-        result = results.verify(
-            shown["token"],
-            issuer_key=expect.issuer_key,
-            now=expect.clock(),
-            INSECURE_accept_simulated=expect.INSECURE_accept_simulated,
-        )
+        signed = cbor.record(body, _SIGNED, max_size=MAX_SHOWN)
+        fields: dict[str, type] = {"token": str, "keys": bytes, "sign": bytes}
+        shown = cbor.record(signed["shown"], fields, max_size=MAX_SHOWN)
+        result = _verified(shown["token"], expect)
         keys = KeyDigests.parse(shown["keys"])
         if keys.digest != result.keys_digest:
             raise HandshakeRefused("the token is about other keys", code="key_not_attested")
@@ -211,12 +202,25 @@ def verify_attested(body: bytes, statement: Statement, expect: Expect, static: b
         keys.check("sign", shown["sign"])
     except (MalformedError, ResultRefused, EvidenceRefused) as error:
         raise HandshakeRefused(f"the peer's attestation is refused: {error.message}", code=error.code) from None
-    signature = shown.pop("signature")
     key = VerifyingKey.from_bytes(shown["sign"])
-    if not key.verify(Purpose.CHANNEL_PEER, statement.encode(shown), signature):
+    if not key.verify(Purpose.CHANNEL_PEER, statement.encode(signed["shown"]), signed["signature"]):
         raise HandshakeRefused("the peer's signature is not over this session", code="signature_refused")
     check_pins(result, expect)
     return AttestedPeer(_MADE_HERE, result, static, key)
+
+
+def _verified(token: str, expect: Expect) -> AttestationResult:
+    """The token's result. Its signature is checked once; when a peer connects again, only the time is."""
+    now, insecure = expect.clock(), expect.INSECURE_accept_simulated
+    known = (token, expect.issuer_key, insecure)
+    result = _KNOWN.get(known)
+    # Another time than it was verified for: what is at its end, or from the future, is verified again, and refused.
+    if result is None or not result.issued <= now < result.expires:
+        result = results.verify(token, issuer_key=expect.issuer_key, now=now, INSECURE_accept_simulated=insecure)
+        if len(_KNOWN) >= MAX_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[known] = result
+    return result
 
 
 def check_pins(result: AttestationResult, expect: Expect) -> None:

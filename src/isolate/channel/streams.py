@@ -130,7 +130,6 @@ class SocketWire:
                 with contextlib.suppress(ChannelError):
                     self.send(refusal(error))
             raise
-        _set_timeout(self.sock, self.timeout)
         return core.session
 
     def fileno(self) -> int:
@@ -153,7 +152,6 @@ class SocketWire:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise ChannelTimeout("the handshake was not done in time")
-            _set_timeout(self.sock, left)
         if not self.fill(size, deadline):
             raise HandshakeRefused("the peer went away during the handshake", code="peer_gone")
         return self.inbox.take(size)
