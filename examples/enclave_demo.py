@@ -41,11 +41,13 @@ def running(ready, *command):
     with subprocess.Popen(
         [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
-        while ready not in (line := process.stdout.readline()):
-            if not line:
-                raise SystemExit(f"{command[0]} did not start")
-        yield
-        process.terminate()
+        try:
+            while ready not in (line := process.stdout.readline()):
+                if not line:
+                    raise SystemExit(f"{command[0]} did not start")
+            yield
+        finally:
+            process.terminate()
 
 
 def outside(folder):
