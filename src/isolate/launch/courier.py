@@ -45,14 +45,16 @@ class Route:
 
 
 class Courier:
-    """Runs routes until cancelled. ``record``: a folder for NAME-<n>.up and .down, one pair a connection."""
+    """Runs routes until cancelled. ``record``: a folder for NAME-<n>.up and .down, one pair a connection.
+
+    What is recorded is what came in on that side, before any fault is put into it.
+    """
 
     def __init__(self, routes: list[Route], record: Path | None) -> None:
         self.routes = routes
         self.record = record
         self.connections = {route.name: 0 for route in routes}
         self.flips: dict[tuple[str, int], int] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         servers = [await self._listen(route) for route in self.routes]
@@ -86,17 +88,22 @@ class Courier:
             writer.close()
             return
         stem = f"{route.name}-{number}"
-        await asyncio.gather(
-            self._pump(reader, far_writer, f"{stem}.up", flip),
-            self._pump(far_reader, writer, f"{stem}.down", None),
-        )
+        try:
+            await asyncio.gather(
+                self._pump(reader, far_writer, f"{stem}.up", flip),
+                self._pump(far_reader, writer, f"{stem}.down", None),
+            )
+        finally:
+            # Each end may have closed only its half.
+            far_writer.close()
+            writer.close()
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str, flip: int | None
     ) -> None:
-        seen = 0
-        record = (self.record / name).open("wb") if self.record else None
+        seen, record = 0, None
         try:
+            record = (self.record / name).open("wb") if self.record else None
             while data := await reader.read(CHUNK):
                 if record:
                     record.write(data)
@@ -110,7 +117,7 @@ class Courier:
                 await writer.drain()
             if writer.can_write_eof():
                 writer.write_eof()
-        except (ConnectionError, OSError):
+        except OSError:
             # One side is gone: closing the other is all that is left to do.
             writer.close()
         finally:
@@ -124,7 +131,7 @@ class Courier:
         loop = asyncio.get_running_loop()
         while line := await loop.run_in_executor(None, sys.stdin.readline):
             match line.split():
-                case ["flip", name, number, offset] if name in self.connections and (number + offset).isdigit():
+                case ["flip", name, number, offset] if name in self.connections and _numbers(number, offset):
                     self.flips[name, int(number)] = int(offset)
                     print("armed", flush=True)
                 case ["count"]:
@@ -133,11 +140,19 @@ class Courier:
                     print("unknown command", flush=True)
 
 
+def _numbers(*words: str) -> bool:
+    return all(word.isascii() and word.isdecimal() and len(word) < 16 for word in words)
+
+
 async def _main(routes: list[Route], record: Path | None) -> None:
     courier = Courier(routes, record)
     carrying = asyncio.create_task(courier.run())
     obeying = asyncio.create_task(courier.obey())
     await asyncio.wait({carrying, obeying}, return_when=asyncio.FIRST_COMPLETED)
+    if carrying.done():
+        print(f"the courier ended: {carrying.exception()}", file=sys.stderr, flush=True)
+        # The thread that reads standard input would hold the end up until that ends too.
+        os._exit(1)
     carrying.cancel()
 
 

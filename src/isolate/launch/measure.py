@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 from attrs import frozen
 
@@ -63,11 +64,18 @@ def tree(root: Path) -> dict[str, Path]:
     """Every regular file under ``root``, by its path with slashes. Raises UsageError for links and devices."""
     found: dict[str, Path] = {}
     total = 0
-    for folder, folders, files in os.walk(root, followlinks=False):
+    for folder, folders, files in os.walk(root, onerror=_unreadable, followlinks=False):
         folders[:] = sorted(name for name in folders if name not in ("__pycache__", ".git"))
+        for path in [Path(folder, name) for name in folders]:
+            # A link to a folder is not walked into: what lies behind it would be neither measured nor there.
+            if path.is_symlink():
+                raise UsageError(f"{path} is a link: an application holds only files and folders")
         for name in sorted(files):
             path = Path(folder, name)
-            status = path.lstat()
+            try:
+                status = path.lstat()
+            except OSError as error:
+                _unreadable(error)
             if not stat.S_ISREG(status.st_mode):
                 raise UsageError(f"{path} is no regular file: an application holds only files and folders")
             total += status.st_size
@@ -77,6 +85,10 @@ def tree(root: Path) -> dict[str, Path]:
     if not found:
         raise UsageError(f"{root} is no folder with an application")
     return found
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise StorageError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 @cache
@@ -115,7 +127,10 @@ def _platform_digest() -> bytes:
     root = Path(sysconfig.get_paths()["stdlib"])
     rows: list[list[object]] = [["version", sys.version]]
     rows.append(["interpreter", _digest(Path(sys.executable).resolve())])
-    for folder, folders, files in os.walk(root):
+    if sysconfig.get_config_var("Py_ENABLE_SHARED"):
+        library = Path(sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("INSTSONAME"))
+        rows.append(["library", _digest(library.resolve())])
+    for folder, folders, files in os.walk(root, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if name not in _NO_STDLIB)
         for name in sorted(files):
             if name.endswith((".py", ".so")):

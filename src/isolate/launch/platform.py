@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -36,13 +37,19 @@ from isolate.launch.root import SimulatedModule, SimulatedRoot
 from isolate.messages.http import parse_address
 
 _BOOT = "isolate/enclave/boot.py"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of an enclave, and of its log files
+_PATIENCE = 10.0  # seconds for a request to come whole
+MAX_WAIT = 3600  # seconds of one request that waits
 # Imported once by the platform itself, so that launches find compiled code that only the platform wrote.
 _WARM = "import sys; sys.path.append(sys.argv[1]); import isolate.enclave.runtime, isolate.sealed, isolate.channel"
 
 
 def allowed_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Only ISOLATE_* gets in: it locates things. What decides is in the measured configuration."""
-    return {name: value for name, value in environment.items() if name.startswith("ISOLATE_")}
+    """Only ISOLATE_* gets in: it locates. What decides is in the measured configuration. Raises UsageError."""
+    allowed = {name: value for name, value in environment.items() if name.startswith("ISOLATE_")}
+    if any(not isinstance(value, str) or "\0" in value for value in allowed.values()):
+        raise UsageError("the environment of an enclave is text")
+    return allowed
 
 
 @frozen
@@ -104,29 +111,50 @@ class Platform:
         return command if writable else [*command, "-B"]
 
     def launch(self, name: str, application: Path, environment: Mapping[str, str], logs: Path) -> Child:
-        """Start an enclave. Its output, which is public, goes to ``logs``/NAME.out and NAME.err."""
-        image = self.image(application)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        """Start an enclave. Its output, which is public, goes to ``logs``/NAME.out and NAME.err.
+
+        Raises UsageError for a name that is taken or no file name, or StorageError.
+        """
+        if not _NAME.fullmatch(name):
+            raise UsageError("an enclave's name is 1 to 64 of A-Z a-z 0-9 . _ -")
+        passed = allowed_environment(environment)
+        # One launch at a time: the runtime is copied once, and a name is taken once.
         with self._lock:
             if name in self._children:
                 raise UsageError(f"an enclave named {name} was launched before")
-            passed = {**allowed_environment(environment), "ISOLATE_ATTEST_FD": str(theirs.fileno())}
-            with (logs / f"{name}.out").open("wb") as out, (logs / f"{name}.err").open("wb") as err:
-                process = subprocess.Popen(
-                    [*self._command(), str(image.runtime / _BOOT), str(image.application)],
-                    env=passed,
-                    cwd="/",
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=err,
-                    pass_fds=[theirs.fileno()],
+            image = self.image(application)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                process = self._start(
+                    image, {**passed, "ISOLATE_ATTEST_FD": str(theirs.fileno())}, theirs, logs / name
                 )
-            theirs.close()
+            except OSError as error:
+                ours.close()
+                raise StorageError(f"cannot start an enclave: {error.strerror}") from None
+            finally:
+                theirs.close()
             record = self._record / f"attest-{name}" if self._record else None
             child = Child(process, ours, self.root.module(name), image, record)
             self._children[name] = child
         threading.Thread(target=self._sign_for, args=(child,), daemon=True).start()
         return child
+
+    def _start(
+        self, image: Image, environment: Mapping[str, str], theirs: socket.socket, logs: Path
+    ) -> subprocess.Popen[bytes]:
+        with (
+            logs.with_name(f"{logs.name}.out").open("wb") as out,
+            logs.with_name(f"{logs.name}.err").open("wb") as err,
+        ):
+            return subprocess.Popen(
+                [*self._command(), str(image.runtime / _BOOT), str(image.application)],
+                env=environment,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                pass_fds=[theirs.fileno()],
+            )
 
     def _sign_for(self, child: Child) -> None:
         """Answer the child's requests for evidence, over what was measured at its launch."""
@@ -142,6 +170,7 @@ class Platform:
                     with child.record.open("ab") as file:
                         file.write(cbor.encode(request) + cbor.encode(answer))
                 write_frame(child.socket, answer)
+        # Also after a request that was refused: an enclave that lies on this socket gets no evidence any more.
         child.socket.close()
 
     def child(self, name: str) -> Child:
@@ -154,6 +183,7 @@ class Platform:
         for child in self._children.values():
             child.process.kill()
             child.process.wait()
+            child.socket.close()
 
 
 def _copy(files: Mapping[str, Path], target: Path) -> dict[str, Path]:
@@ -166,12 +196,15 @@ def _copy(files: Mapping[str, Path], target: Path) -> dict[str, Path]:
             path.chmod(0o444)
             copied[name] = path
     except OSError as error:
-        raise StorageError(f"cannot make a snapshot: {error.strerror}") from None
+        raise StorageError(f"cannot make a snapshot: {error.strerror or type(error).__name__}") from None
     return copied
 
 
 class Control:
-    """The platform's socket towards the host: launch, wait, kill, root. Requests and answers are CBOR frames."""
+    """The platform's socket towards the host: launch, wait, kill, root. Requests and answers are CBOR frames.
+
+    Whoever may connect is obeyed: that is the operator. Only its own user may.
+    """
 
     def __init__(self, platform: Platform, address: str) -> None:
         self._platform = platform
@@ -179,8 +212,13 @@ class Control:
         if kind != "unix":
             raise UsageError("the platform listens on a Unix socket")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(path)
-        self._listener.listen()
+        try:
+            self._listener.bind(path)
+            Path(path).chmod(0o600)  # before anybody can connect
+            self._listener.listen()
+        except OSError as error:
+            self._listener.close()
+            raise StorageError(f"cannot listen on {path}: {error.strerror}") from None
 
     def run(self) -> None:
         while True:
@@ -193,11 +231,14 @@ class Control:
             json.dumps({"event": "connection.accepted", "peer_pid": struct.unpack("3i", credentials)[0]}),
             flush=True,
         )
+        connection.settimeout(_PATIENCE)
         with connection, contextlib.suppress(UnavailableError):
             try:
                 answer = self._answer(read_frame(connection))
             except IsolateError as error:
                 answer = {"error": error.code, "message": error.message}
+            except Exception as error:  # noqa: BLE001 (the boundary: one bad request ends no other)
+                answer = {"error": "internal", "message": f"the platform failed: {type(error).__name__}"}
             write_frame(connection, answer)
 
     def _answer(self, request: Any) -> dict[str, Any]:
@@ -215,7 +256,7 @@ class Control:
                 return {"pid": child.process.pid, "registers": dict(child.image.measurement.registers)}
             case {"op": "wait", "name": str(name), "seconds": int(seconds)}:
                 try:
-                    return {"status": self._platform.child(name).process.wait(seconds)}
+                    return {"status": self._platform.child(name).process.wait(min(seconds, MAX_WAIT))}
                 except subprocess.TimeoutExpired:
                     return {"status": None}
             case {"op": "kill", "name": str(name)}:

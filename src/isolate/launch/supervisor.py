@@ -16,7 +16,8 @@ from typing import Any
 from attrs import frozen
 
 from isolate.attestation.attesters.simulated import read_frame, write_frame
-from isolate.errors import RefusedError, ServiceUnavailable
+from isolate.crypto import cbor
+from isolate.errors import RefusedError, ServiceUnavailable, StorageError, UsageError
 from isolate.messages.http import parse_address
 
 LAUNCH_TIMEOUT = 60.0  # seconds: the first launch copies and compiles the runtime
@@ -35,7 +36,7 @@ class Enclave:
     def wait(self, timeout: float) -> int | None:
         """The exit status, or None when it still runs after ``timeout`` seconds."""
         answer = self.host.ask({"op": "wait", "name": self.name, "seconds": int(timeout)}, timeout + 5)
-        status: int | None = answer["status"]
+        status: int | None = cbor.check(answer, {"status": object})["status"]
         return status
 
     def kill(self) -> None:
@@ -43,7 +44,10 @@ class Enclave:
 
     def events(self) -> list[dict[str, Any]]:
         """The JSON lines that it has printed. They are public, and the host can forge them: they prove nothing."""
-        return self.parse_events((self.logs / f"{self.name}.out").read_text(encoding="utf-8", errors="replace"))
+        try:
+            return self.parse_events((self.logs / f"{self.name}.out").read_text(encoding="utf-8", errors="replace"))
+        except OSError as error:
+            raise StorageError(f"cannot read the output of {self.name}: {error.strerror}") from None
 
     @staticmethod
     def parse_events(text: str) -> list[dict[str, Any]]:
@@ -76,7 +80,9 @@ class Host:
     """``address``: where the platform listens, ``unix:/path``."""
 
     def __init__(self, address: str, *, logs: Path) -> None:
-        self._path = parse_address(address)[1]
+        kind, self._path, _ = parse_address(address)
+        if kind != "unix":
+            raise UsageError("a platform listens on a Unix socket")
         self._logs = logs
 
     def ask(self, request: dict[str, Any], timeout: float = LAUNCH_TIMEOUT) -> dict[str, Any]:
@@ -90,12 +96,13 @@ class Host:
         except OSError as error:
             raise ServiceUnavailable(f"the platform does not answer: {type(error).__name__}", hint="") from None
         if "error" in answer:
-            raise RefusedError(str(answer["message"]), code=str(answer["error"]))
+            refused = cbor.check(answer, {"error": str, "message": str})
+            raise RefusedError(refused["message"], code=refused["error"])
         return answer
 
     def root_certificate(self) -> bytes:
         """The simulated root's certificate (DER), for the owner's policy."""
-        certificate: bytes = self.ask({"op": "root"})["certificate"]
+        certificate: bytes = cbor.check(self.ask({"op": "root"}), {"certificate": bytes})["certificate"]
         return certificate
 
     def launch(self, name: str, application: Path, environment: Mapping[str, str]) -> Enclave:
@@ -108,4 +115,5 @@ class Host:
                 "logs": str(self._logs.resolve()),
             }
         )
+        answer = cbor.check(answer, {"pid": int, "registers": dict})
         return Enclave(self, name, answer["pid"], answer["registers"], self._logs)
