@@ -66,8 +66,8 @@ CONTROLS = {
         "service/appraiser.py",
         (
             (
-                "DELETE FROM challenge WHERE nonce = ? RETURNING job, rank, generation, expires",
-                "SELECT job, rank, generation, expires FROM challenge WHERE nonce = ?",
+                "if slot.generation <= generation:",
+                "if False:",
             ),
         ),
     ),
@@ -99,7 +99,7 @@ CONTROLS = {
     "closed output types": Control(
         "weights_refused",
         "enclave/operations.py",
-        (("return self.output.check(self.function(view, **decoded))", "return self.function(view, **decoded)"),),
+        (("return self.output.check(result)", "return result"),),
     ),
     "proof by the holder": Control(
         "stolen_token_refused",

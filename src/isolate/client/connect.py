@@ -28,7 +28,7 @@ def certificate(service: str, owner: VerifyingKey, lineage: str) -> ServiceCerti
     Raises ServiceUnavailable or ReleaseRefused.
     """
     found = post(service, "certificate", CertificateRequest(), ServiceCertificate).verify(owner, lineage)
-    if not found.not_before <= now() < found.not_after:
+    if not found.valid_at(now()):
         raise ReleaseRefused("the service's certificate is not valid now", code="service_expired")
     return found
 

@@ -15,8 +15,10 @@ client configuration: keep it from being changed. It holds no key; the key stays
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+import threading
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,15 +34,16 @@ from isolate.capability.token import Token
 from isolate.client.connect import certificate, expect_enclave
 from isolate.crypto import cbor
 from isolate.crypto.signing import Purpose, Signer, SigningKey, VerifyingKey
-from isolate.errors import HolderRefused, ScopeExceeded, StorageError, UsageError
+from isolate.errors import ChannelError, HolderRefused, ScopeExceeded, StorageError, UsageError
 from isolate.messages.base import Refusal, Signed
-from isolate.messages.http import error_of, post
+from isolate.messages.http import ask, error_of
 from isolate.messages.invoke import Budget, BudgetRequest, Invoke, Reply, encode_argument
 
 _FIELDS = {
     "token": str, "owner": str, "lineage": str, "service": str, "enclave": str, "job": str,
     "INSECURE_accept_simulated": bool,
 }  # fmt: skip
+MAX_FILE = 64 * 1024  # bytes of a handle file; a token takes at most 5.5 KiB of them
 
 
 @frozen
@@ -60,7 +63,7 @@ class HandleFile:
         """Raises UsageError."""
         try:
             fields = tomllib.loads(text)
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             raise UsageError("this is no handle file: it is no TOML") from None
         for name, kind in _FIELDS.items():
             if type(fields.get(name)) is not kind:
@@ -70,9 +73,14 @@ class HandleFile:
         return cls(**fields)
 
     def to_text(self) -> str:
-        lines = [f'{name} = "{getattr(self, name)}"' for name, kind in _FIELDS.items() if kind is str]
+        lines = [f"{name} = {_quoted(getattr(self, name))}" for name, kind in _FIELDS.items() if kind is str]
         flag = "true" if self.INSECURE_accept_simulated else "false"
         return "# isolate handle\n" + "\n".join([*lines, f"INSECURE_accept_simulated = {flag}"]) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string: JSON's, but that TOML also wants DEL escaped."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 class FileSigner:
@@ -102,8 +110,11 @@ class Handle:
         self._file = file
         self._signer = signer
         self._token = Token.from_text(file.token)
+        self._owner = VerifyingKey.parse(file.owner)
         self._channel: channel.Channel | None = None
         self._counter = 0
+        # One request at a time: replies come in the order of the requests, and nothing else tells them apart.
+        self._turn = threading.Lock()
         if self._token.holder != signer.verifying_key.ed25519:
             raise HolderRefused("this signer is not the holder of the token")
 
@@ -144,6 +155,18 @@ class Handle:
 
     def _send(self, operation: str, digest: bytes, arguments: dict[str, Any]) -> Any:
         encoded = {name: encode_argument(value) for name, value in arguments.items()}
+        with self._turn:
+            try:
+                reply = self._exchange(operation, digest, encoded)
+            except ChannelError:
+                # This channel is over; the next use opens another.
+                self.close()
+                raise
+        if reply.code:
+            raise error_of(Refusal(reply.code, f"the enclave refused {operation}", "", reply.request_id))
+        return reply.value
+
+    def _exchange(self, operation: str, digest: bytes, encoded: dict[str, Any]) -> Reply:
         open_channel = self._connect()
         self._counter += 1
         invocation = Invocation.sign(
@@ -156,15 +179,12 @@ class Handle:
             nonce=secrets.token_bytes(16),
             counter=self._counter,
         )
-        open_channel.send(Invoke(self._token.encode(), invocation.encode(), encoded).encode())
-        reply = Reply.parse(bytes(open_channel.recv()))
-        if reply.code:
-            raise error_of(Refusal(reply.code, f"the enclave refused {operation}", "", reply.request_id))
-        return reply.value
+        open_channel.send(Invoke(self._token.encode(), invocation.encode(), encoded).padded())
+        return Reply.parse(bytes(open_channel.recv()))
 
     def _connect(self) -> channel.Channel:
         if self._channel is None:
-            found = certificate(self._file.service, VerifyingKey.parse(self._file.owner), self._file.lineage)
+            found = certificate(self._file.service, self._owner, self._file.lineage)
             expect = expect_enclave(
                 found,
                 job=self._file.job,
@@ -180,10 +200,10 @@ class Handle:
     @property
     def budget(self) -> Budget:
         """What is left, by the service: the least over this handle and those it comes from."""
-        found = certificate(self._file.service, VerifyingKey.parse(self._file.owner), self._file.lineage)
+        found = certificate(self._file.service, self._owner, self._file.lineage)
         body = BudgetRequest(self._token.encode()).encode()
         request = Signed.make(Purpose.HOLDER_REQUEST, self._signer, body, secrets.token_bytes(32), found.name)
-        return post(self._file.service, "budget", request, Budget)
+        return ask(self._file.service, "budget", request, Budget, found.release_key)
 
     def export(self) -> HandleFile:
         """The handle as a file's content, to attach again elsewhere. It holds no key."""
@@ -221,7 +241,8 @@ def attach(handle: str | os.PathLike[str] | HandleFile, *, signer: Signer) -> Ha
     if isinstance(handle, HandleFile):
         return Handle(handle, signer)
     try:
-        text = Path(handle).read_text(encoding="utf-8")
+        with Path(handle).open("rb") as file:
+            text = file.read(MAX_FILE).decode()
     except OSError as error:
         raise StorageError(f"cannot read {os.fspath(handle)}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -5,7 +5,9 @@
     >>> owner
     Owner('demo', unix:/run/isolate.sock)
 
-Every request is signed by the owner's root key for this service, and taken once. Spec: docs/spec/service.md.
+Every request is signed by the owner's root key for this service, and taken once; every answer is signed by the
+service, so that nobody in between suppresses a revocation or shows an old file as the newest.
+Spec: docs/spec/service.md.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from isolate.client.handle import HandleFile
 from isolate.crypto.signing import Purpose, SigningKey
 from isolate.messages.attest import Registered, RegisterRequest, ServiceCertificate
 from isolate.messages.base import Message, Signed
-from isolate.messages.http import post
+from isolate.messages.http import ask, post
 from isolate.messages.owner import (
     AssetRequest,
     AssetRule,
@@ -61,7 +63,7 @@ class Owner:
         request = Signed.make(
             Purpose.OWNER_REQUEST, self._key, body.encode(), secrets.token_bytes(32), self.certificate.name
         )
-        return post(self._service, f"owner/{route}", request, answer)
+        return ask(self._service, f"owner/{route}", request, answer, self.certificate.release_key)
 
     def set_policy(self, policy: Policy) -> int:
         """Put a policy into force; its sequence is higher than the last. Answers its place in the log."""

@@ -57,6 +57,7 @@ class Purpose(StrEnum):
     RELEASE = "service/release"
     ENCLAVE_REQUEST = "service/request"
     OWNER_REQUEST = "service/owner-request"
+    ANSWER = "service/answer"
     HOLDER_REQUEST = "service/holder-request"
     CHECKPOINT = "transparency/checkpoint"
     CHANNEL_PEER = "channel/peer"

@@ -10,6 +10,7 @@ memory never was dumpable. Neither is any protection from root. Spec: docs/spec/
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -28,9 +29,24 @@ _PR_SET_NO_NEW_PRIVS = 38
 _PR_GET_NO_NEW_PRIVS = 39
 
 
+_quiet = False
+
+
+def keep_quiet() -> None:
+    """From now on errors are told by their code alone. Called before the first key is opened."""
+    global _quiet
+    _quiet = True
+
+
 def event(name: str, **facts: Any) -> None:
-    """Print one line of JSON. Everything that an enclave prints is public: the operator reads it."""
-    print(json.dumps({"event": name, **facts}), flush=True)
+    """Print one line of JSON. Everything that an enclave prints is public: the operator reads it.
+
+    One write a line, so that threads do not mix theirs. An operator whose disk is full learns nothing, and ends
+    nothing.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.write(json.dumps({"event": name, **facts}) + "\n")
+        sys.stdout.flush()
 
 
 def _prctl(option: int, argument: int = 0) -> int:
@@ -63,21 +79,26 @@ def _tracer() -> int:
     return 0
 
 
-def _quiet_threads(_: Any) -> None:
+def _tell_no_more(_: Any) -> None:
+    """For exceptions that nobody caught, in a thread or a destructor: the interpreter would print their text."""
     event("failed", code="internal")
 
 
 def run(application: str) -> int:
     """Run the application's main.py; answer the exit status. No traceback leaves: it would carry data."""
+    # This file runs as a script. What the application imports is another copy of it, which knows whether there is
+    # anything to hide yet.
+    from isolate.enclave import boot
     from isolate.errors import IsolateError
 
-    threading.excepthook = _quiet_threads
+    threading.excepthook = sys.unraisablehook = _tell_no_more
     # Set here, over whatever the host passed: where the measured configuration lies is no choice of the host's.
     os.environ["ISOLATE_APPLICATION"] = application
     try:
         runpy.run_path(str(Path(application, "main.py")), run_name="__main__")
     except IsolateError as error:
-        event("failed", code=error.code, message=str(error))
+        # Before a key was released the text helps whoever launched this; afterwards it could name what is inside.
+        event("failed", code=error.code, message="" if boot._quiet else str(error))
         return 1
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
@@ -92,12 +113,14 @@ def main(application: str) -> int:
     if not all(capabilities().values()):
         event("failed", code="control_missing", message="this process could not be hardened, or is traced")
         return 1
+    parent = os.getpid()
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
         return os.waitstatus_to_exitcode(status)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if not all(capabilities().values()):
+    # A parent that died before that call sends no signal any more.
+    if os.getppid() != parent or not all(capabilities().values()):
         os._exit(1)
     status = run(application)
     sys.stdout.flush()

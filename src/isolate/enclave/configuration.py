@@ -38,12 +38,12 @@ class Configuration:
         """Raises UsageError or KeyFormatError."""
         try:
             tables = tomllib.loads(text)
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             raise UsageError("isolate.toml is no TOML") from None
-        unknown = set(tables) - {"owner", "enclave", "parameters"}
+        unknown = set(tables) - {"parameters", *_TABLES}
         if unknown:
             raise UsageError(f"isolate.toml has unknown tables: {', '.join(sorted(unknown))}")
-        owner, enclave = tables.get("owner", {}), tables.get("enclave", {})
+        owner, enclave, parameters = (_table(tables, name) for name in ("owner", "enclave", "parameters"))
         lineage, root = _text(owner, "lineage"), VerifyingKey.parse(_text(owner, "root"))
         simulated = enclave.get("INSECURE_accept_simulated", False)
         if not isinstance(simulated, bool):
@@ -54,7 +54,7 @@ class Configuration:
             purpose=_text(enclave, "purpose"),
             job=_text(enclave, "job"),
             INSECURE_accept_simulated=simulated,
-            parameters=tables.get("parameters", {}),
+            parameters=parameters,
         )
 
     @classmethod
@@ -66,7 +66,24 @@ class Configuration:
                 "this process was not launched as an enclave",
                 hint="start it with `isolate launch APP --service URL`",
             )
-        return cls.parse(Path(folder, "isolate.toml").read_text(encoding="utf-8"))
+        try:
+            text = Path(folder, "isolate.toml").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise UsageError("isolate.toml cannot be read") from None
+        return cls.parse(text)
+
+
+# A misspelt field would otherwise be a setting that silently does not hold.
+_TABLES = {"owner": {"root", "lineage"}, "enclave": {"purpose", "job", "INSECURE_accept_simulated"}}
+
+
+def _table(tables: dict[str, Any], name: str) -> dict[str, Any]:
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"{name} in isolate.toml is no table")
+    if name in _TABLES and (unknown := set(table) - _TABLES[name]):
+        raise UsageError(f"[{name}] in isolate.toml has unknown fields: {', '.join(sorted(unknown))}")
+    return table
 
 
 def _text(table: dict[str, Any], name: str) -> str:

@@ -7,9 +7,9 @@
     >>> brightest.name, brightest.output.check(7)
     ('brightest', 7)
 
-An operation is named by a digest over its name, version, schema and source text: a token that names the digest
-admits this code and no other. The code is trusted because it is measured, not because Python confines it; the
-output types are the gate that even a careless operation does not pass. Spec: docs/spec/capability.md.
+An operation is named by a digest over its name, version, schema and own source text. What it calls is not in that
+digest: all the code is in the enclave's measurement, and trusted because of that, not because Python confines it.
+The output types are the gate that even a careless operation does not pass. Spec: docs/spec/capability.md.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ class Array:
 
     dtype: str
     shape: tuple[int, ...]
+
+    def __attrs_post_init__(self) -> None:
+        try:
+            plain = self._type.kind in "biufc"
+        except TypeError:
+            plain = False
+        if not plain or any(side < 0 for side in self.shape):
+            raise UsageError("an array has a dtype of numbers, and a shape")
 
     def schema(self) -> list[Any]:
         return ["array", self.dtype, list(self.shape)]
@@ -86,6 +94,10 @@ class Label:
 
     count: int
 
+    def __attrs_post_init__(self) -> None:
+        if self.count < 1:
+            raise UsageError("a label has at least one class")
+
     def schema(self) -> list[Any]:
         return ["label", self.count]
 
@@ -103,13 +115,18 @@ class Scalar:
     high: int
     steps: int
 
+    def __attrs_post_init__(self) -> None:
+        if self.low >= self.high or self.steps < 1:
+            raise UsageError("a scalar goes from low to high, in at least one step")
+
     def schema(self) -> list[Any]:
         return ["scalar", self.low, self.high, self.steps]
 
     def check(self, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
+        number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        if not number or (not isinstance(value, int) and not math.isfinite(value)):
             raise OutputRefused("the result is not of the operation's declared type")
-        part = (min(max(float(value), self.low), self.high) - self.low) / (self.high - self.low)
+        part = (float(min(max(value, self.low), self.high)) - self.low) / (self.high - self.low)
         return round(part * self.steps)
 
 
@@ -125,11 +142,18 @@ class Operation:
     function: Callable[..., Any] = field(repr=False)
 
     def run(self, view: Mapping[str, np.ndarray[Any, Any]], arguments: Mapping[str, Any]) -> Any:
-        """Decode the arguments, run, and let out what the output type lets out. Raises CapabilityRefused."""
+        """Decode the arguments, run, and let out what the output type lets out. Raises CapabilityRefused.
+
+        What the function raises becomes the code ``operation_failed``: its own exceptions carry data.
+        """
         if set(arguments) != set(self.inputs):
             raise CapabilityRefused("the arguments are not those of the operation", code="bad_argument")
         decoded = {name: self.inputs[name].decode(value) for name, value in arguments.items()}
-        return self.output.check(self.function(view, **decoded))
+        try:
+            result = self.function(view, **decoded)
+        except Exception:  # noqa: BLE001 (the boundary)
+            raise CapabilityRefused("the operation failed", code="operation_failed") from None
+        return self.output.check(result)
 
 
 def operation(
@@ -141,7 +165,7 @@ def operation(
         schema = [{name: kind.schema() for name, kind in inputs.items()}, output.schema()]
         try:
             source = inspect.getsource(function)
-        except OSError:
+        except (OSError, TypeError):
             raise UsageError(f"the source of {function.__name__} is not to be had") from None
         body = cbor.encode([function.__name__, version, schema, source])
         digest = hashlib.sha256(b"isolate/v1/operation\0" + body).digest()

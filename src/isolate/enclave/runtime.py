@@ -4,14 +4,16 @@ Mode: handle (docs/spec/capability.md): the user's code never sees the data.
 
 Every invocation passes, in this order:
 
-1. the token's chain verifies under the owner's root of the measured configuration, and names this asset;
+1. the token's chain verifies under the owner's root of the measured configuration, names this asset, and has no
+   limit that is not enforced;
 2. the invocation is by the token's holder, for this channel and these arguments, in the scope;
 3. its counter is above every one before it on this channel;
 4. the operation is registered here, under the very digest that the scope names, and its parameters are in range;
 5. the service has durably charged this use, at the size of a whole padded reply, and says so in a signed receipt;
-6. the result is of the operation's declared, closed type.
+6. the result is of the operation's declared, closed type, and fits the reply that was charged.
 
-Results and refusals alike leave as a code and a value in a reply padded to 256 bytes.
+Results and refusals alike leave as a code and a value in a reply padded to 256 bytes. When they leave tells them
+apart: a refusal comes sooner.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import socket
 import struct
 import threading
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from isolate.capability.invocation import Invocation, ReplayGuard, hash_arguments, verify_invocation
@@ -28,16 +31,18 @@ from isolate.capability.token import ChainCache, verify
 from isolate.crypto import cbor
 from isolate.enclave.operations import Operation
 from isolate.enclave.workload import Workload
-from isolate.errors import CapabilityRefused, ChannelClosed, ChannelError, IsolateError, ScopeExceeded
-from isolate.messages.invoke import BUCKET, ChargeRequest, Invoke, Reply
+from isolate.errors import CapabilityRefused, ChannelClosed, IsolateError, OutputRefused, ScopeExceeded
+from isolate.messages.base import MAX_MESSAGE
+from isolate.messages.invoke import BUCKET, ENFORCED, ChargeRequest, Invoke, Reply
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from isolate.channel import Channel
+    from isolate.channel import Channel, Listener
 
 PURPOSE = "invoke"
-MAX_CLIENTS = 64  # at once
+MAX_CLIENTS = 64  # at once, those in their handshake included
+IDLE = 60.0  # seconds for a handshake, and between two requests
 
 
 class Server:
@@ -52,58 +57,70 @@ class Server:
     ) -> None:
         self._workload = workload
         self._asset = asset
-        self._view = dict(view)
+        self._view = MappingProxyType(dict(view))
         for array in self._view.values():
             array.flags.writeable = False
         self._operations = {operation.name: operation for operation in operations}
         self._chains = ChainCache()
-        self._places = threading.BoundedSemaphore(MAX_CLIENTS)
 
     def run(self) -> None:
         """Serve clients until the process ends. A refused client ends its own channel and no other."""
-        with self._workload.listen(PURPOSE, rank=None, profile="client") as listener:
+        with self._workload.listen(PURPOSE, rank=None, profile="client", timeout=IDLE) as listener:
             self._workload.report("serving", asset=self._asset, operations=sorted(self._operations))
-            while True:
-                try:
-                    channel = listener.accept()
-                except ChannelClosed:
-                    return
-                except ChannelError as error:
-                    self._workload.report("client_refused", code=error.code)
-                    continue
-                self._workload.report("channel_accepted", peer_pid=peer_pid(channel))
-                self._places.acquire()
-                threading.Thread(target=self._serve, args=(channel,), daemon=True).start()
+            # Each thread accepts and serves: who stays silent in a handshake keeps one of them, not the door.
+            threads = [
+                threading.Thread(target=self._accept, args=(listener,), daemon=True) for _ in range(MAX_CLIENTS)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+    def _accept(self, listener: Listener) -> None:
+        while True:
+            try:
+                channel = listener.accept()
+            except ChannelClosed:
+                return
+            except IsolateError as error:
+                self._workload.report("client_refused", code=error.code)
+                continue
+            self._serve(channel)
 
     def _serve(self, channel: Channel) -> None:
         try:
             with channel:
-                replay = ReplayGuard(channel.binding)
+                self._workload.report("channel_accepted", peer_pid=peer_pid(channel))
+                replay, request = ReplayGuard(channel.binding), bytearray(MAX_MESSAGE)
                 while True:
-                    channel.send(self.answer(channel.recv(), channel.binding, replay).padded())
-        except ChannelError:
-            # The client is gone, or lied: its channel is over, and that is all there is to do.
+                    size = channel.recv_into(request)
+                    channel.send(self.answer(bytes(request[:size]), channel.binding, replay))
+        except (IsolateError, OSError):
+            # The client is gone, lied, or sent more than is read: its channel is over, and that is all there is.
             return
-        finally:
-            self._places.release()
 
-    def answer(self, message: bytes | bytearray, binding: bytes, replay: ReplayGuard) -> Reply:
-        """The reply to one Invoke. Never raises: a failure is a code and a request id."""
+    def answer(self, message: bytes | bytearray, binding: bytes, replay: ReplayGuard) -> bytes:
+        """The padded reply to one Invoke. Never raises: a failure is a code and a request id."""
         request_id = os.urandom(8).hex()
         try:
-            return Reply("", self._invoke(Invoke.parse(bytes(message)), binding, replay), request_id)
+            reply = Reply("", self._invoke(Invoke.parse(bytes(message)), binding, replay), request_id).padded()
+            if len(reply) > BUCKET:
+                raise OutputRefused("the result is longer than the reply that was charged")
         except IsolateError as error:
             code = error.code
-        except Exception:  # noqa: BLE001 (the boundary: an exception of an operation carries data)
+        except Exception:  # noqa: BLE001 (the boundary: an exception carries data)
             code = "operation_failed"
+        else:
+            return reply
         self._workload.report("invocation_refused", code=code, request_id=request_id)
-        return Reply(code, None, request_id)
+        return Reply(code, None, request_id).padded()
 
     def _invoke(self, request: Invoke, binding: bytes, replay: ReplayGuard) -> Any:
         owner = self._workload.configuration.owner.ed25519
         token = verify(request.token, owner, now=self._workload.now(), cache=self._chains)
         if token.asset != self._asset:
             raise ScopeExceeded("this token is for another asset")
+        token.scope.require_enforced(ENFORCED)
         arguments = hash_arguments(cbor.encode(request.arguments))
         invocation = verify_invocation(
             Invocation.parse(request.invocation), token, channel_binding=binding, argument_hash=arguments

@@ -23,7 +23,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+from attrs import frozen
 
 from isolate import sealed
 from isolate.attestation import result as results
@@ -35,9 +37,9 @@ from isolate.crypto.exchange import CurveKey
 from isolate.crypto.kem import Identity, Recipient
 from isolate.crypto.secret import Secret
 from isolate.crypto.signing import Purpose, SigningKey
-from isolate.enclave.boot import event
+from isolate.enclave import boot
 from isolate.enclave.configuration import Configuration
-from isolate.errors import ReleaseRefused, ResultRefused, UsageError
+from isolate.errors import ControlMissing, ReleaseRefused, ResultRefused, Tampered, UnavailableError, UsageError
 from isolate.messages.attest import (
     AttestAnswer,
     AttestRequest,
@@ -46,12 +48,11 @@ from isolate.messages.attest import (
     Registered,
     RegisterRequest,
     Release,
-    ReleaseContext,
     ReleaseRequest,
     ServiceCertificate,
 )
-from isolate.messages.base import Message, Signed
-from isolate.messages.http import post
+from isolate.messages.base import M, Message, Signed
+from isolate.messages.http import ask, post
 from isolate.messages.invoke import ChargeRequest, Receipt
 
 if TYPE_CHECKING:
@@ -61,6 +62,31 @@ if TYPE_CHECKING:
     from isolate.sealed import CompartmentKeys, PublicFacts
 
 RENEW_BEFORE = 60  # seconds before a result expires
+RETRY_AFTER = 5  # seconds between attempts to renew, while the service is down
+
+# Time that also passes while the machine is suspended, where there is such a clock.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def _elapsed() -> float:
+    return time.clock_gettime(_CLOCK)
+
+
+@frozen
+class _Standing:
+    """What one attestation gave. It is replaced as a whole, so that a thread never sees half of a renewal."""
+
+    certificate: ServiceCertificate
+    slot: Slot
+    result: AttestationResult
+    token: str
+    time: int  # by the service, signed
+    since: float  # when it was asked, by our own clock
+
+    def now(self) -> int:
+        # No clock of the host is trusted: time is the service's statement, plus what has passed since we asked.
+        # That is never ahead of the truth by more than the round trip.
+        return self.time + int(_elapsed() - self.since)
 
 
 class Workload:
@@ -72,7 +98,6 @@ class Workload:
         self._identity = Identity.generate()
         self._signing = SigningKey.generate()
         self._channel_key = Secret.generate(32)
-        self._contexts: dict[bytes, ReleaseContext] = {}
         self._rank, self._inherited = rank, inherited
         self._attester = SimulatedAttester(inherited)
         self._public = {
@@ -82,78 +107,126 @@ class Workload:
         }
         self.keys = KeyDigests.of(self._public)
         self._renewing = threading.Lock()
-        self._attest()
+        self._retry = 0.0
+        self._standing = self._attest()
 
-    def _attest(self) -> None:
+    def _attest(self) -> _Standing:
         asked = ChallengeRequest(secrets.token_bytes(32), self.configuration.job, self._rank)
-        began = time.monotonic()
+        began = _elapsed()
         challenge = post(self._service, "challenge", asked, Challenge)
-        self.certificate: ServiceCertificate = challenge.verify(
-            self.configuration.owner, self.configuration.lineage, asked
-        )
-        # No clock of the host is trusted: time is the service's signed statement, plus what has passed since we
-        # asked. That is never ahead of the truth by more than the round trip.
-        self._time, self._since = challenge.time, began
-        self.slot = Slot(challenge.job, challenge.rank, challenge.generation)
+        certificate = challenge.verify(self.configuration.owner, self.configuration.lineage, asked)
+        slot = Slot(challenge.job, challenge.rank, challenge.generation)
         runtime = Runtime(
             kind="simulated",
             nonce=challenge.nonce,
             keys_digest=self.keys.digest,
             purpose=self.configuration.purpose,
-            slot=self.slot,
+            slot=slot,
         )
         evidence = self._attester.attest(runtime)
         envelope = Envelope(kind="simulated", evidence=evidence, collateral=(), runtime=runtime)
         request = AttestRequest(envelope.encode(), self._public)
-        self._token = post(self._service, "attest", request, AttestAnswer).token
-        self.result: AttestationResult = results.verify(
-            self._token,
-            issuer_key=self.certificate.result_key.ed25519,
-            now=self.now(),
+        token = post(self._service, "attest", request, AttestAnswer).token
+        standing = _Standing(
+            certificate, slot, self._verify(token, certificate, challenge), token, challenge.time, began
+        )
+        if standing.result.instance != instance_id(self.keys.digest) or standing.result.slot != slot:
+            raise ResultRefused("the service's result is for another instance")
+        return standing
+
+    def _verify(self, token: str, certificate: ServiceCertificate, challenge: Challenge) -> AttestationResult:
+        result = results.verify(
+            token,
+            issuer_key=certificate.result_key.ed25519,
+            now=challenge.time,
             INSECURE_accept_simulated=self.configuration.INSECURE_accept_simulated,
         )
-        if self.result.instance != instance_id(self.keys.digest) or self.result.slot != self.slot:
-            raise ResultRefused("the service's result is for another instance")
+        if result.nonce != challenge.nonce or result.lineage != self.configuration.lineage:
+            raise ResultRefused("the service's result is for another challenge, or of another lineage")
+        return result
+
+    def _current(self) -> _Standing:
+        """The standing, renewed near its end. While the service is down, it is good to its end and no longer."""
+        with self._renewing:
+            standing = self._standing
+            if standing.now() > standing.result.expires - RENEW_BEFORE and _elapsed() >= self._retry:
+                try:
+                    self._standing = self._attest()
+                except UnavailableError:
+                    self._retry = _elapsed() + RETRY_AFTER
+                    if standing.now() >= standing.result.expires:
+                        raise
+            return self._standing
+
+    @property
+    def certificate(self) -> ServiceCertificate:
+        """The service's keys, as the owner's root certified them."""
+        return self._standing.certificate
+
+    @property
+    def result(self) -> AttestationResult:
+        """What the service found of this enclave, the last time."""
+        return self._standing.result
+
+    @property
+    def slot(self) -> Slot:
+        """The place in the job. Each renewal takes the next generation of the same job and rank."""
+        return self._standing.slot
 
     def token(self) -> str:
         """The result token. A result lives five minutes at most: near its end the enclave attests anew."""
-        with self._renewing:
-            if self.now() > self.result.expires - RENEW_BEFORE:
-                self._attest()
-            return self._token
+        return self._current().token
 
     def now(self) -> int:
         """Unix seconds by the service's signed time."""
-        return self._time + int(time.monotonic() - self._since)
+        return self._standing.now()
 
-    def _ask(self, route: str, body: Message, answer: type[Any]) -> Any:
+    def _ask(self, route: str, body: Message, answer: type[M]) -> tuple[M, _Standing]:
+        """The service's signed answer, and the standing under which it was asked."""
+        standing = self._current()
         request = Signed.make(
             Purpose.ENCLAVE_REQUEST,
             self._signing,
             body.encode(),
             secrets.token_bytes(32),
-            self.certificate.name,
-            self.token(),
+            standing.certificate.name,
+            standing.token,
         )
-        return post(self._service, route, request, answer)
+        return ask(self._service, route, request, answer, standing.certificate.release_key), standing
 
     def unlock(self, facts: PublicFacts) -> CompartmentKeys:
-        """Have the keys of this file released to this instance. Raises ReleaseRefused or the service's refusal."""
+        """Have the keys of this file released to this instance.
+
+        1. The certified service signed the release, for this request's nonce and digest, and for this instance.
+        2. It names the asset and the epoch that the file itself names, and the policy of our own result.
+        3. The box opens with our key under this very context, and holds a key of 32 bytes for each compartment
+           that the context names; each of those is in the file.
+
+        Raises ReleaseRefused, or the service's refusal.
+        """
         request = ReleaseRequest(facts.digest, [], secrets.token_bytes(32))
-        release: Release = self._ask("release", request, Release)
-        context = release.verify(self.certificate, request, self.result.instance)
+        release, standing = self._ask("release", request, Release)
+        context = release.verify(standing.certificate, request, standing.result.instance)
+        expected = (facts.model_id, facts.epoch, standing.result.policy_id)
+        if (context.asset, context.epoch, context.policy) != expected:
+            raise ReleaseRefused("the release is of another asset, epoch or policy", code="release_mismatch")
+        # From here on this process holds what must not leave: its errors are told by their code alone.
+        boot.keep_quiet()
         with self._identity.open(release.box, info=release.context) as opened:
             keys = cbor.decode(opened.expose())
-        if not isinstance(keys, dict) or sorted(keys) != context.compartments:
+        named = set(context.compartments)
+        if (
+            not isinstance(keys, dict)
+            or set(keys) != named
+            or not named <= {"*", *facts.compartments}
+            or any(type(key) is not bytes or len(key) != 32 for key in keys.values())
+        ):
             raise ReleaseRefused("the release holds other keys than it says", code="release_mismatch")
-        self._contexts[facts.digest] = context
         return sealed.CompartmentKeys(facts.digest, {name: Secret(key) for name, key in keys.items()})
 
     def recipients(self) -> list[Recipient]:
-        """To whom this enclave seals: as its last release says. Raises UsageError before one."""
-        if not self._contexts:
-            raise UsageError("open a released file first: its release says whom to seal to")
-        return [Recipient(raw) for raw in list(self._contexts.values())[-1].recipients]
+        """To whom this enclave seals: the service and the recovery recipients, as the owner certified them."""
+        return self.certificate.output_recipients()
 
     def locate(self, asset: str) -> Path:
         """Where the host keeps the sealed file of an asset: a place, no promise about what lies there."""
@@ -169,7 +242,7 @@ class Workload:
     ) -> Registered:
         """Seal tensors as the next epoch of an asset, and register them. ``epoch`` is higher than the last."""
         path = self.locate(asset)
-        sealed.save_file(
+        digest = sealed.save_file(
             tensors,
             path,
             recipients=self.recipients(),
@@ -179,15 +252,15 @@ class Workload:
             epoch=epoch,
         )
         facts = sealed.public_facts(path)
-        registered: Registered = self._ask(
-            "register", RegisterRequest(asset, facts.header, facts.directory), Registered
-        )
-        return registered
+        # The host keeps the file, and could have put another one of ours in its place.
+        if facts.digest != digest:
+            raise Tampered("the file that was just written is not there any more")
+        return self._ask("register", RegisterRequest(asset, facts.header, facts.directory), Registered)[0]
 
     def charge(self, request: ChargeRequest, number: bytes) -> Receipt:
         """Have a use charged, durably. Raises the refusal, or ReleaseRefused for a receipt that is not ours."""
-        receipt: Receipt = self._ask("charge", request, Receipt)
-        receipt.verify(self.certificate, number)
+        receipt, standing = self._ask("charge", request, Receipt)
+        receipt.verify(standing.certificate, number)
         return receipt
 
     def attested(self) -> channel.Attested:
@@ -241,7 +314,7 @@ class Workload:
 
     def report(self, name: str, **facts: Any) -> None:
         """Print a public event: the operator reads it. Never data."""
-        event(name, **facts)
+        boot.event(name, **facts)
 
     def close(self) -> None:
         self._inherited.close()
@@ -255,6 +328,9 @@ class Workload:
     ) -> None:
         self.close()
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError("a workload is not copied or pickled: it is this enclave's")
+
     def __repr__(self) -> str:
         return f"Workload({self.slot.job!r}, rank {self.slot.rank}, instance {self.result.instance.hex()[:16]})"
 
@@ -264,6 +340,12 @@ def _environment(name: str) -> str:
     if not value:
         raise UsageError(f"the launcher did not set {name}")
     return value
+
+
+def _number(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 9):
+        raise UsageError(f"{name} is no number")
+    return int(text)
 
 
 def join(service: str | None = None, *, job: str | None = None, rank: int | None = None) -> Workload:
@@ -277,6 +359,9 @@ def join(service: str | None = None, *, job: str | None = None, rank: int | None
     if job is not None and job != configuration.job:
         raise UsageError(f"this enclave's measured configuration is for the job {configuration.job!r}")
     address = service or _environment("ISOLATE_SERVICE")
-    number = rank if rank is not None else int(os.environ.get("ISOLATE_RANK", "0"))
-    inherited = socket.socket(fileno=int(_environment("ISOLATE_ATTEST_FD")))
+    number = rank if rank is not None else _number("ISOLATE_RANK", os.environ.get("ISOLATE_RANK", "0"))
+    try:
+        inherited = socket.socket(fileno=_number("ISOLATE_ATTEST_FD", _environment("ISOLATE_ATTEST_FD")))
+    except OSError:
+        raise ControlMissing("the launcher left no socket to the platform") from None
     return Workload(configuration, address, number, inherited)

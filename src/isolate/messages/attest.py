@@ -13,10 +13,13 @@ from typing import Self
 from attrs import evolve, field, frozen
 
 from isolate.crypto import cbor
-from isolate.crypto.kem import Recipient
+from isolate.crypto.kem import PUBLIC_SIZE, Recipient
 from isolate.crypto.signing import Purpose, SigningKey, VerifyingKey
-from isolate.errors import ReleaseRefused
-from isolate.messages.base import Message
+from isolate.errors import MalformedError, ReleaseRefused
+from isolate.messages.base import NONCE_SIZE, Message, check_size
+
+MAX_RECOVERY = 16  # offline recipients in a certificate
+MAX_COMPARTMENTS = 4096  # ids in one release; a file has no more
 
 
 @frozen
@@ -24,7 +27,8 @@ class ServiceCertificate(Message):
     """The owner's root says: these are my service's keys. An enclave takes nothing from any other service.
 
     ``release``, ``result`` and ``log`` are verifying keys (64 bytes each); ``recipient`` is the X-Wing key
-    (1216 bytes) that assets are sealed to. Times are Unix seconds.
+    (1216 bytes) that assets are sealed to, and ``recovery`` are the owner's offline ones: an enclave seals what it
+    makes to these and to nobody else. Times are Unix seconds.
     """
 
     TYPE = "service-certificate"
@@ -34,12 +38,21 @@ class ServiceCertificate(Message):
     result: bytes
     log: bytes
     recipient: bytes
+    recovery: list[bytes]
     not_before: int
     not_after: int
     signature: bytes = field(default=b"", repr=False)
 
+    def __attrs_post_init__(self) -> None:
+        for key in (self.release, self.result, self.log):
+            check_size("a verifying key", key, 64)
+        if len(self.recovery) > MAX_RECOVERY:
+            raise MalformedError(f"a certificate has at most {MAX_RECOVERY} recovery recipients")
+        for raw in (self.recipient, *self.recovery):
+            check_size("a recipient", raw, PUBLIC_SIZE)
+
     def _signed(self) -> bytes:
-        keys = [self.release, self.result, self.log, self.recipient]
+        keys = [self.release, self.result, self.log, self.recipient, self.recovery]
         return cbor.encode([self.name, self.lineage, keys, self.not_before, self.not_after])
 
     def sign(self, owner: SigningKey) -> ServiceCertificate:
@@ -56,6 +69,9 @@ class ServiceCertificate(Message):
             raise ReleaseRefused("this service is certified for another lineage", code="service_uncertified")
         return self
 
+    def valid_at(self, time: int) -> bool:
+        return self.not_before <= time < self.not_after
+
     @property
     def release_key(self) -> VerifyingKey:
         return VerifyingKey.from_bytes(self.release)
@@ -70,6 +86,10 @@ class ServiceCertificate(Message):
 
     def sealing_recipient(self) -> Recipient:
         return Recipient(self.recipient)
+
+    def output_recipients(self) -> list[Recipient]:
+        """To whom an enclave seals what it makes: the service, and the owner's offline recipients."""
+        return [Recipient(raw) for raw in (self.recipient, *self.recovery)]
 
 
 @frozen
@@ -86,10 +106,16 @@ class ChallengeRequest(Message):
     job: str
     rank: int
 
+    def __attrs_post_init__(self) -> None:
+        check_size("a client nonce", self.client_nonce, NONCE_SIZE)
+
 
 @frozen
 class Challenge(Message):
-    """A fresh nonce, the slot that goes with it, and the time, all signed over the asker's own nonce."""
+    """A fresh nonce, the slot that goes with it, and the time, all signed over the asker's own nonce.
+
+    To whoever attests the nonce is 32 opaque bytes. To the service it says until when and for which slot it holds.
+    """
 
     TYPE = "challenge"
     client_nonce: bytes
@@ -116,7 +142,7 @@ class Challenge(Message):
             raise ReleaseRefused("the challenge is not signed by the certified service", code="service_uncertified")
         if (self.client_nonce, self.job, self.rank) != (asked.client_nonce, asked.job, asked.rank):
             raise ReleaseRefused("the challenge answers another question", code="challenge_mismatch")
-        if not certificate.not_before <= self.time < certificate.not_after:
+        if not certificate.valid_at(self.time):
             raise ReleaseRefused("the service's certificate is not valid at its own time", code="service_expired")
         return certificate
 
@@ -145,6 +171,12 @@ class ReleaseRequest(Message):
     compartments: list[str]
     nonce: bytes
 
+    def __attrs_post_init__(self) -> None:
+        check_size("a file digest", self.digest, 32)
+        check_size("the nonce of a release", self.nonce, NONCE_SIZE)
+        if len(self.compartments) > MAX_COMPARTMENTS:
+            raise MalformedError(f"at most {MAX_COMPARTMENTS} compartments")
+
 
 @frozen
 class Release(Message):
@@ -172,12 +204,16 @@ class Release(Message):
         context = ReleaseContext.parse(self.context)
         if context.nonce != request.nonce or context.digest != request.digest or context.instance != instance:
             raise ReleaseRefused("this release answers another request", code="release_mismatch")
+        if request.compartments and set(context.compartments) != set(request.compartments):
+            raise ReleaseRefused("this release is of other compartments", code="release_mismatch")
+        if not certificate.valid_at(context.time):
+            raise ReleaseRefused("the service's certificate was not valid at this release", code="service_expired")
         return context
 
 
 @frozen
 class ReleaseContext(Message):
-    """``recipients``: to whom the enclave seals what it makes; ``log_index``: where the release stands."""
+    """What a release means. ``log_index``: where it stands in the service's log."""
 
     TYPE = "release-context"
     asset: str
@@ -187,7 +223,6 @@ class ReleaseContext(Message):
     nonce: bytes
     instance: bytes
     policy: bytes
-    recipients: list[bytes]
     log_index: int
     time: int
 

@@ -1,4 +1,4 @@
-"""The form of every message: a CBOR map of its type and its fields, and the envelope of a signed request.
+"""The form of every message: a CBOR map of its type and its fields; signed requests, and signed answers to them.
 
     >>> from attrs import frozen
     >>> @frozen
@@ -13,17 +13,25 @@ Spec: docs/spec/service.md, section 1.
 
 from __future__ import annotations
 
+import hashlib
 import types
-from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import attrs
 from attrs import field, frozen
 
 from isolate.crypto import cbor
-from isolate.crypto.signing import Purpose, Signer, VerifyingKey
+from isolate.crypto.signing import Purpose, Signer, SigningKey, VerifyingKey
 from isolate.errors import MalformedError, RefusedError
 
 MAX_MESSAGE = 1024 * 1024  # bytes; a sealed file's header and directory are the largest parts
+NONCE_SIZE = 32
+
+
+def check_size(name: str, value: bytes, *sizes: int) -> None:
+    """Raise MalformedError unless the value has one of these lengths."""
+    if len(value) not in sizes:
+        raise MalformedError(f"{name} is {' or '.join(map(str, sizes))} bytes")
 
 
 class Message:
@@ -106,15 +114,52 @@ class Signed(Message):
     def _signed(body: bytes, nonce: bytes, audience: str, key: bytes, token: str) -> bytes:
         return cbor.encode([body, nonce, audience, key, token])
 
+    def __attrs_post_init__(self) -> None:
+        check_size("the nonce of a request", self.nonce, NONCE_SIZE)
+        check_size("a verifying key", self.key, 64)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the encoding, 32 bytes: what its answer names."""
+        return hashlib.sha256(self.encode()).digest()
+
     def verify(self, purpose: Purpose, audience: str) -> VerifyingKey:
         """Who signed it. Raises RefusedError when the signature or the audience is wrong."""
-        if len(self.nonce) != 32 or self.audience != audience:
+        if self.audience != audience:
             raise RefusedError("this request was made for somebody else", code="wrong_audience")
         key = VerifyingKey.from_bytes(self.key)
         signed = self._signed(self.body, self.nonce, self.audience, self.key, self.token)
         if not key.verify(purpose, signed, self.signature):
             raise RefusedError("the signature of this request does not verify", code="bad_signature")
         return key
+
+
+M = TypeVar("M", bound=Message)
+
+
+@frozen
+class Answer(Message):
+    """The service's answer to one Signed request: whoever carries it can make none up, and swap no two.
+
+    Refusals are not signed: who carries can refuse in any case, by carrying nothing.
+    """
+
+    TYPE = "answer"
+    request: bytes
+    body: bytes
+    signature: bytes = field(repr=False)
+
+    @classmethod
+    def make(cls, request: Signed, answer: Message, key: SigningKey) -> Self:
+        body = answer.encode()
+        return cls(request.digest, body, key.sign(Purpose.ANSWER, cbor.encode([request.digest, body])))
+
+    def open(self, request: Signed, key: VerifyingKey, kind: type[M]) -> M:
+        """What was answered to ``request``. Raises RefusedError for another's answer, or one to something else."""
+        signed = cbor.encode([self.request, self.body])
+        if self.request != request.digest or not key.verify(Purpose.ANSWER, signed, self.signature):
+            raise RefusedError("the answer is not the service's to this request", code="forged_answer")
+        return kind.parse(self.body)
 
 
 @frozen

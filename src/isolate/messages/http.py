@@ -4,21 +4,24 @@
     (('unix', '/run/isolate.sock', 0), ('tcp', '127.0.0.1', 8443))
 
 It authenticates nothing: messages are signed, and keys travel in HPKE boxes, so the courier in between may be
-the operator. The answer of a refusal becomes the typed error of its code (docs/spec/service.md, section 1).
+the operator. A refusal becomes the typed error of its code (docs/spec/service.md, section 1).
 """
 
 from __future__ import annotations
 
 import http.client
+import re
 import socket
-from typing import TypeVar
+import time
+from typing import Any
 
+from isolate.crypto.signing import VerifyingKey
 from isolate.errors import IsolateError, MalformedError, RefusedError, ServiceUnavailable, UsageError
-from isolate.messages.base import MAX_MESSAGE, Message, Refusal
+from isolate.messages.base import MAX_MESSAGE, Answer, M, Message, Refusal, Signed
 
-TIMEOUT = 30.0  # seconds for one request
+TIMEOUT = 30.0  # seconds for one request, its answer included
 
-M = TypeVar("M", bound=Message)
+_CODE = re.compile(r"[a-z0-9_]{1,64}")
 
 
 def parse_address(address: str) -> tuple[str, str, int]:
@@ -27,23 +30,41 @@ def parse_address(address: str) -> tuple[str, str, int]:
     if scheme == "unix" and rest:
         return "unix", rest, 0
     host, _, port = rest.rpartition(":")
-    if scheme == "tcp" and host and port.isdigit() and int(port) < 65536:
+    if scheme == "tcp" and host and port.isascii() and port.isdecimal() and len(port) < 6 and int(port) < 65536:
         return "tcp", host.strip("[]"), int(port)
     raise UsageError(f"{address!r} is no address", hint="use unix:/path or tcp:host:port")
+
+
+class _Timed(socket.socket):
+    """A socket with one deadline for all that it receives: a timeout of each read lets a courier drip for ever."""
+
+    deadline = 0.0
+
+    def recv_into(self, *arguments: Any) -> int:
+        self.settimeout(max(self.deadline - time.monotonic(), 0.001))
+        return super().recv_into(*arguments)
 
 
 class _Connection(http.client.HTTPConnection):
     def __init__(self, address: str, timeout: float) -> None:
         self._kind, self._host, self._port = parse_address(address)
+        self._deadline = time.monotonic() + timeout
         super().__init__("isolate", timeout=timeout)
 
     def connect(self) -> None:
         if self._kind == "unix":
-            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.sock.settimeout(self.timeout)
-            self.sock.connect(self._host)
+            plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                plain.settimeout(self.timeout)
+                plain.connect(self._host)
+            except BaseException:
+                plain.close()
+                raise
         else:
-            self.sock = socket.create_connection((self._host, self._port), self.timeout)
+            plain = socket.create_connection((self._host, self._port), self.timeout)
+        self.sock = _Timed(fileno=plain.detach())
+        self.sock.settimeout(self.timeout)
+        self.sock.deadline = self._deadline
 
 
 def post(address: str, path: str, request: Message, answer: type[M], *, timeout: float = TIMEOUT) -> M:
@@ -51,15 +72,15 @@ def post(address: str, path: str, request: Message, answer: type[M], *, timeout:
 
     Raises ServiceUnavailable when nothing answers, the typed error of a refusal, and MalformedError.
     """
+    sent = request.encode()
     connection = _Connection(address, timeout)
     try:
-        connection.request(
-            "POST", f"/v1/{path}", request.encode(), {"Content-Type": "application/cbor", "Connection": "close"}
-        )
+        connection.request("POST", f"/v1/{path}", sent, {"Content-Type": "application/cbor", "Connection": "close"})
         response = connection.getresponse()
         body = response.read(MAX_MESSAGE + 1)
         status = response.status
-    except (OSError, http.client.HTTPException) as error:
+    # ValueError: a path with a zero byte, a host that no resolver takes.
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise ServiceUnavailable(f"no answer from {address}: {type(error).__name__}") from None
     finally:
         connection.close()
@@ -72,12 +93,36 @@ def post(address: str, path: str, request: Message, answer: type[M], *, timeout:
     raise error_of(refusal)
 
 
+def ask(
+    address: str, path: str, request: Signed, answer: type[M], key: VerifyingKey, *, timeout: float = TIMEOUT
+) -> M:
+    """Send a signed request; the answer must be signed for it by ``key``, the service's release key.
+
+    Raises what ``post`` raises, and RefusedError (code ``forged_answer``).
+    """
+    return post(address, path, request, Answer, timeout=timeout).open(request, key, answer)
+
+
 def error_of(refusal: Refusal) -> IsolateError:
-    """The exception for a refusal: the class whose code it is, else RefusedError."""
-    kind = _by_code(IsolateError).get(refusal.code, RefusedError)
+    """The exception for a refusal: the class whose code it is, else RefusedError.
+
+    A refusal is not signed and ends on a terminal: what would not print is replaced.
+
+    >>> str(error_of(Refusal("no code!", "one\\x1b[2J\\nline", "", "")))
+    'one?[2J?line'
+    """
+    code = refusal.code if _CODE.fullmatch(refusal.code) else RefusedError.default_code
+    kind = _by_code(IsolateError).get(code, RefusedError)
     return kind(
-        refusal.message[:500], code=refusal.code[:64], hint=refusal.hint[:200], request_id=refusal.request_id[:64]
+        _line(refusal.message, 500),
+        code=code,
+        hint=_line(refusal.hint, 200),
+        request_id=_line(refusal.request_id, 64),
     )
+
+
+def _line(text: str, most: int) -> str:
+    return "".join(one if one.isprintable() else "?" for one in text[:most])
 
 
 def _by_code(root: type[IsolateError]) -> dict[str, type[IsolateError]]:

@@ -1,22 +1,22 @@
 """Using a handle: what a client sends an enclave over an attested channel, and the charge it makes.
 
-    >>> Invoke(token=b"t", invocation=b"i", arguments={"image": b""}).encode()[:1].hex()
-    'a4'
+    >>> len(Invoke(token=b"t", invocation=b"i", arguments={"image": b""}).padded())
+    1024
 
 Spec: docs/spec/capability.md, and docs/spec/service.md, section 6.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from attrs import evolve, field, frozen
 
 from isolate.crypto import cbor
 from isolate.crypto.signing import Purpose, SigningKey
-from isolate.errors import ReleaseRefused
+from isolate.errors import MalformedError, ReleaseRefused, UsageError
 from isolate.messages.attest import ServiceCertificate
-from isolate.messages.base import Message
+from isolate.messages.base import Message, check_size
 
 
 def encode_argument(value: Any) -> Any:
@@ -25,50 +25,85 @@ def encode_argument(value: Any) -> Any:
     >>> import numpy as np
     >>> encode_argument(np.array([1, 2], "uint16")), encode_argument(3)
     (b'\\x01\\x00\\x02\\x00', 3)
+
+    Raises UsageError for what has no such bytes: Python objects, and tensors that live on a device.
     """
     array = getattr(value, "__array__", None)
     if array is None:
         return value
     import numpy as np
 
-    numbers = np.ascontiguousarray(array())
+    try:
+        numbers = np.ascontiguousarray(array())
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError("this argument has no array in memory", hint="bring it to the CPU first") from None
+    if numbers.dtype.hasobject:
+        raise UsageError("an array of Python objects does not travel")
     return numbers.astype(numbers.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
+# The limits of a scope that enclave and service enforce. A token with any other is refused, not obeyed less.
+ENFORCED = frozenset({"operations", "parameters", "uses", "bytes_out", "not_before", "expires", "depth"})
+
+BUCKET = 256  # bytes of a padded reply: its length tells a result from a refusal to nobody
+REQUEST_BUCKET = 1024  # bytes: a request has a multiple, which hides the names of operations of one size
+
+
+def _head(size: int) -> int:
+    """By how many bytes the head of a byte string of this size is longer than that of an empty one."""
+    return 0 if size < 24 else 1 if size < 256 else 2 if size < 65536 else 4
+
+
+def _padding(bare: int, bucket: int) -> int:
+    """How many bytes of padding bring an encoding of ``bare`` bytes, with its empty padding, to the bucket."""
+    missing = -bare % bucket
+    while True:
+        # Where the head grows, one total cannot be reached: then the padding goes on to the next bucket.
+        for head in (0, 1, 2, 4):
+            if head <= missing and _head(missing - head) == head:
+                return missing - head
+        missing += bucket
+
+
 @frozen
-class Invoke(Message):
+class _Padded(Message):
+    """A message with a field ``padding`` of zero bytes, which says nothing."""
+
+    BUCKET: ClassVar[int]
+
+    def padded(self) -> bytes:
+        """The encoding, with padding up to the next multiple of the message's bucket."""
+        bare = evolve(self, padding=b"")  # type: ignore[call-arg]
+        return evolve(bare, padding=bytes(_padding(len(bare.encode()), self.BUCKET))).encode()  # type: ignore[call-arg]
+
+
+@frozen
+class Invoke(_Padded):
     TYPE = "invoke"
+    BUCKET = REQUEST_BUCKET
     token: bytes = field(repr=False)
     invocation: bytes = field(repr=False)
     arguments: dict[str, Any] = field(repr=False)
-
-
-BUCKET = (
-    256  # bytes: replies are padded to a multiple, so that their length tells a result from a refusal to nobody
-)
+    padding: bytes = field(default=b"", repr=False)
 
 
 @frozen
-class Reply(Message):
-    """The answer to an Invoke: ``code`` is empty for a result, and then ``value`` is of the operation's type."""
+class Reply(_Padded):
+    """The answer to an Invoke: ``code`` is empty for a result, and then ``value`` is of the operation's type.
+
+    >>> [len(Reply("", value, "00" * 8).padded()) for value in (1, "a" * 150, bytes(200))]
+    [256, 256, 512]
+    """
 
     TYPE = "reply"
+    BUCKET = BUCKET
     code: str
     value: Any = field(repr=False)
     request_id: str
     padding: bytes = field(default=b"", repr=False)
 
-    def padded(self) -> bytes:
-        """The encoding, with padding up to the next multiple of BUCKET bytes.
 
-        >>> [len(Reply("", value, "00" * 8).padded()) for value in (1, "a" * 150, bytes(200))]
-        [256, 256, 512]
-        """
-        bare = evolve(self, padding=b"").encode()
-        missing = -len(bare) % BUCKET
-        # The head of the padding grows from one byte to two at 24; one byte short of a bucket cannot be reached.
-        size = missing if missing < 24 else missing - 1 if missing > 24 else missing + BUCKET - 2
-        return evolve(self, padding=bytes(size)).encode()
+MAX_BYTES_OUT = 2**32  # bytes of one use: an account is a 64-bit integer in the service's database
 
 
 @frozen
@@ -81,6 +116,12 @@ class ChargeRequest(Message):
     channel_binding: bytes
     argument_hash: bytes
     bytes_out: int
+
+    def __attrs_post_init__(self) -> None:
+        check_size("a channel binding", self.channel_binding, 32)
+        check_size("an argument hash", self.argument_hash, 32)
+        if not 0 <= self.bytes_out <= MAX_BYTES_OUT:
+            raise MalformedError(f"one use lets 0 to {MAX_BYTES_OUT} bytes out")
 
 
 @frozen

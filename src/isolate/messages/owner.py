@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from isolate.messages.base import Message
+from isolate.errors import MalformedError
+from isolate.messages.base import Message, check_size
+
+MAX_NAMES = 1024  # measurements in one rule
+MAX_ASSET = 128  # characters, as in a token
+
+
+def _check_asset(name: str) -> None:
+    if not 1 <= len(name) <= MAX_ASSET or not name.isprintable():
+        raise MalformedError(f"an asset has a name of 1 to {MAX_ASSET} printable characters")
 
 
 @frozen
@@ -33,6 +42,11 @@ class AssetRule(Message):
     readers: list[str]
     writers: list[str]
 
+    def __attrs_post_init__(self) -> None:
+        _check_asset(self.asset)
+        if max(len(self.readers), len(self.writers)) > MAX_NAMES:
+            raise MalformedError(f"a rule names at most {MAX_NAMES} measurements")
+
 
 @frozen
 class Revoke(Message):
@@ -40,6 +54,9 @@ class Revoke(Message):
 
     TYPE = "revoke"
     handle: bytes
+
+    def __attrs_post_init__(self) -> None:
+        check_size("a handle's id", self.handle, 32)
 
 
 @frozen
@@ -77,6 +94,10 @@ class LogRequest(Message):
     TYPE = "log-request"
     old_size: int
     index: int | None
+
+    def __attrs_post_init__(self) -> None:
+        if self.old_size < 0 or (self.index is not None and self.index < 0):
+            raise MalformedError("a size and an index are not negative")
 
 
 @frozen

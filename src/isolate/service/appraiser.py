@@ -1,36 +1,50 @@
-"""Challenge and attest: a fresh nonce and a slot out, evidence in, a result token back.
+"""Challenge and attest: a nonce and a slot out, evidence in, a result token back.
 
 Spec: docs/spec/service.md, section 2.
 
-The numbered checks are those of ``isolate.attestation.appraisal``; before them stand two of the service:
+Evidence is refused unless, in this order:
 
-1. the nonce was issued by this service, has not expired, and has not been used (it is used up here);
-2. the public keys are those whose digests the evidence carries.
+1. its nonce was issued by this running service, for this slot, and has not expired;
+2. the public keys are those whose digests the evidence carries;
+3. every numbered check of ``isolate.attestation.appraisal`` passes under the policy in force;
+4. that policy is still in force at the commit;
+5. nobody has attested this generation of the slot: that is what uses the nonce up;
+6. this instance has not lost its slot to a later one.
+
+A challenge leaves nothing behind: the nonce itself says, under a key of this process, what it was issued for. So
+strangers fill no table, burn nobody's nonce, and no nonce outlives the process or comes back with an old state.
 """
 
 from __future__ import annotations
 
+import hmac
+import secrets
+import sqlite3
+import struct
+from hashlib import sha256
+
 from isolate.attestation import result as results
-from isolate.attestation.appraisal import appraise
+from isolate.attestation.appraisal import Appraisal, appraise
 from isolate.attestation.evidence import Envelope, KeyDigests, Slot
 from isolate.attestation.policy import Policy, SignedPolicy
 from isolate.crypto import cbor
-from isolate.crypto.signing import VerifyingKey
-from isolate.errors import AppraisalRefused, MalformedError, RefusedError, UsageError
+from isolate.crypto.secret import Secret
+from isolate.errors import AppraisalRefused, RefusedError, UsageError
 from isolate.messages.attest import AttestAnswer, AttestRequest, Challenge, ChallengeRequest
 from isolate.messages.owner import Done, Evidence, EvidenceRequest, PolicyUpdate
 from isolate.service.log import Log
-from isolate.service.state import NONCE_LIFETIME, State
+from isolate.service.state import State
 
 KEY_PURPOSES = frozenset({"hpke", "sign", "channel"})
-MAX_JOB = 128  # bytes of UTF-8
-MAX_RANK = 65535
+NONCE_LIFETIME = 300  # seconds
+_NONCE = struct.Struct(">Q8s16s")  # when it expires, random, tag
 
 
 class Appraiser:
     def __init__(self, state: State, log: Log) -> None:
         self._state = state
         self._log = log
+        self._nonces = Secret.generate(32)
 
     def policy(self) -> Policy:
         """The policy in force. Raises AppraisalRefused when the owner has given none."""
@@ -52,51 +66,55 @@ class Appraiser:
             return Done(self._log.append(database, "policy", {"policy": policy.id, "sequence": policy.sequence}))
 
     def challenge(self, request: ChallengeRequest) -> Challenge:
-        """Issue a nonce and the next generation of a slot. The last generation is retired when this one attests."""
-        if len(request.client_nonce) != 32:
-            raise MalformedError("a client nonce is 32 bytes")
-        if not (0 < len(request.job.encode()) <= MAX_JOB and 0 <= request.rank <= MAX_RANK):
-            raise UsageError("a job has a name of 1 to 128 bytes, and a rank is 0 to 65535")
-        nonce, now = self._state.new_nonce(), self._state.clock()
+        """Offer a nonce for the next generation of a slot. Nothing is written: who attests first has it.
+
+        Raises MalformedError for a job or rank that no slot has.
+        """
+        slot = Slot(request.job, request.rank, 1)
         with self._state.transaction() as database:
-            database.execute("DELETE FROM challenge WHERE expires < ?", (now,))
-            (generation,) = database.execute(
-                "INSERT INTO slot VALUES (?, ?, 1, 0) "
-                "ON CONFLICT (job, rank) DO UPDATE SET issued = issued + 1 RETURNING issued",
-                (request.job, request.rank),
+            row = database.execute(
+                "SELECT generation FROM slot WHERE job = ? AND rank = ?", (slot.job, slot.rank)
             ).fetchone()
-            database.execute(
-                "INSERT INTO challenge VALUES (?, ?, ?, ?, ?)",
-                (nonce, request.job, request.rank, generation, now + NONCE_LIFETIME),
-            )
+        if row:
+            slot = Slot(slot.job, slot.rank, row[0] + 1)
+        now = self._state.clock()
+        expires, salt = now + NONCE_LIFETIME, secrets.token_bytes(8)
         challenge = Challenge(
             client_nonce=request.client_nonce,
-            nonce=nonce,
-            job=request.job,
-            rank=request.rank,
-            generation=generation,
+            nonce=_NONCE.pack(expires, salt, self._tag(expires, salt, slot)),
+            job=slot.job,
+            rank=slot.rank,
+            generation=slot.generation,
             time=now,
             certificate=self._state.certificate.encode(),
         )
         return challenge.sign(self._state.release_key)
 
+    def _tag(self, expires: int, salt: bytes, slot: Slot) -> bytes:
+        body = cbor.encode([expires, salt, slot.to_value()])
+        return hmac.digest(bytes(self._nonces.expose()), b"isolate/v1/service/nonce\0" + body, sha256)[:16]
+
+    def _check_nonce(self, nonce: bytes, slot: Slot | None, now: int) -> Slot:
+        refusal = AppraisalRefused(
+            "this nonce was not issued here for this slot, was used, or has expired", code="nonce_refused"
+        )
+        if slot is None or len(nonce) != _NONCE.size:
+            raise refusal
+        expires, salt, tag = _NONCE.unpack(nonce)
+        if not hmac.compare_digest(tag, self._tag(expires, salt, slot)) or now >= expires:
+            raise refusal
+        return slot
+
     def attest(self, request: AttestRequest) -> AttestAnswer:
-        """Appraise evidence. Raises AppraisalRefused or EvidenceRefused; the nonce is used up either way."""
-        envelope = Envelope.parse(request.envelope)
+        """Appraise evidence. Raises AppraisalRefused, or MalformedError for what is no envelope."""
+        envelope, now = Envelope.parse(request.envelope), self._state.clock()
         runtime = envelope.runtime
-        now = self._state.clock()
-        slot = self._use_challenge(runtime.nonce, now)
-        if set(request.keys) != KEY_PURPOSES:
-            raise AppraisalRefused("an enclave has keys for hpke, sign and channel", code="keys_mismatch")
-        if KeyDigests.of(request.keys).digest != runtime.keys_digest:
-            raise AppraisalRefused("these are not the keys that the evidence names", code="keys_mismatch")
-        VerifyingKey.from_bytes(request.keys["sign"])
+        slot = self._check_nonce(runtime.nonce, runtime.slot, now)
+        self._check_keys(request.keys, runtime.keys_digest)
         policy = self.policy()
         appraisal = appraise(envelope, policy=policy, nonce=runtime.nonce, at=now, slot=slot)
         if not appraisal.accepted:
-            with self._state.transaction() as database:
-                failed = [check.name for check in appraisal.checks if not check.passed]
-                self._log.append(database, "attestation refused", {"job": slot.job, "failed": failed})
+            self._log_refusal(appraisal, slot)
             appraisal.require()
         token = results.issue(appraisal, key=self._state.result_key, issuer=self._state.name, now=now, slot=slot)
         accepted = results.verify(
@@ -106,26 +124,53 @@ class Appraiser:
             INSECURE_accept_simulated=policy.INSECURE_accept_simulated,
         )
         with self._state.transaction() as database:
-            database.execute(
-                "UPDATE slot SET current = max(current, ?) WHERE job = ? AND rank = ?",
-                (slot.generation, slot.job, slot.rank),
-            )
+            if self.policy().id != policy.id:
+                raise AppraisalRefused("another policy came into force meanwhile", code="policy_changed")
+            self._take_slot(database, slot, accepted.instance)
             database.execute(
                 "INSERT OR REPLACE INTO instance VALUES (?, ?, ?, ?, ?)",
                 (accepted.instance, request.envelope, cbor.encode(request.keys), accepted.measurement, now),
             )
             details = {"instance": accepted.instance, "measurement": accepted.measurement, "policy": policy.id}
-            self._log.append(database, "attestation", details)
+            self._log.append(database, "attestation", {**details, "slot": slot.to_value()})
         return AttestAnswer(token)
 
-    def _use_challenge(self, nonce: bytes, now: int) -> Slot:
-        with self._state.transaction() as database:
-            row = database.execute(
-                "DELETE FROM challenge WHERE nonce = ? RETURNING job, rank, generation, expires", (nonce,)
-            ).fetchone()
-        if row is None or row[3] < now:
-            raise AppraisalRefused("this nonce was not issued here, was used, or has expired", code="nonce_refused")
-        return Slot(row[0], row[1], row[2])
+    @staticmethod
+    def _check_keys(keys: dict[str, bytes], digest: bytes) -> None:
+        try:
+            same = set(keys) == KEY_PURPOSES and hmac.compare_digest(KeyDigests.of(keys).digest, digest)
+        except UsageError:  # a key of the wrong length
+            same = False
+        if not same:
+            raise AppraisalRefused(
+                "these are not the keys for hpke, sign and channel that the evidence names", code="keys_mismatch"
+            )
+
+    @staticmethod
+    def _take_slot(database: sqlite3.Connection, slot: Slot, instance: bytes) -> None:
+        row = database.execute(
+            "SELECT generation, instance FROM slot WHERE job = ? AND rank = ?", (slot.job, slot.rank)
+        ).fetchone()
+        generation, holder = (row[0], bytes(row[1])) if row else (0, None)
+        if slot.generation <= generation:
+            code = "nonce_refused" if holder == instance else "slot_taken"
+            raise AppraisalRefused("this generation of the slot was attested already", code=code)
+        # Renewing, an instance keeps its slot. Once a later one has taken it, it never comes back, not to another
+        # slot either: else two twins could hold one rank in turns.
+        known = database.execute("SELECT 1 FROM instance WHERE instance = ?", (instance,)).fetchone()
+        if known and holder != instance:
+            raise AppraisalRefused("another instance holds this slot now", code="slot_retired")
+        database.execute(
+            "INSERT OR REPLACE INTO slot VALUES (?, ?, ?, ?)", (slot.job, slot.rank, slot.generation, instance)
+        )
+
+    def _log_refusal(self, appraisal: Appraisal, slot: Slot) -> None:
+        """Into the log only when it comes from a genuine platform: anyone can send bytes."""
+        failed = [check.name for check in appraisal.refusals]
+        if not {"authentic", "binding", "simulated"} & set(failed):
+            with self._state.transaction() as database:
+                details = {"slot": slot.to_value(), "failed": failed}
+                self._log.refused(database, "attestation refused", b"attestation", failed[0], details)
 
     def evidence(self, request: EvidenceRequest) -> Evidence:
         """The recorded envelope of an instance, for the owner."""

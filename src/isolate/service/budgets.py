@@ -2,13 +2,15 @@
 
 Spec: docs/spec/service.md, section 6.
 
-A use is charged, in one committed transaction, before its output may leave the enclave:
+A use is charged, in one committed transaction, before its output may leave the enclave. The caller has passed
+checks 1 to 6 of the broker, and then:
 
-1. the token's chain verifies under the owner's key, and names an asset that the caller may read;
-2. the invocation is by the token's holder, for this channel and these arguments;
-3. no handle of the chain is revoked;
-4. this invocation was not charged before;
-5. every handle of the chain has uses and bytes left; all are charged together.
+1. the token's chain verifies under the owner's key, and has no limit that is not enforced;
+2. the invocation is by the token's holder, for this channel and these arguments, in the scope;
+3. the asset that the token names is one that the caller may read;
+4. no handle of the chain is revoked;
+5. this invocation was not charged before;
+6. every handle of the chain has uses and bytes left; all are charged together.
 """
 
 from __future__ import annotations
@@ -18,29 +20,37 @@ import sqlite3
 from isolate.capability.invocation import Invocation, verify_invocation
 from isolate.capability.token import Token, VerifiedToken, verify
 from isolate.errors import BudgetExhausted, CapabilityRefused, Revoked
-from isolate.messages.invoke import Budget, ChargeRequest, Receipt
+from isolate.messages.base import Signed
+from isolate.messages.invoke import ENFORCED, Budget, ChargeRequest, Receipt
 from isolate.messages.owner import Done, Revoke
 from isolate.service.broker import Broker, Caller
 from isolate.service.log import Log
 from isolate.service.state import State
 
 
-# The limits that this service and its enclaves enforce. A token with any other is refused, never read past it.
-ENFORCED = frozenset({"operations", "parameters", "uses", "bytes_out", "not_before", "expires", "depth"})
-
-
 class Budgets:
-    def __init__(self, state: State, log: Log) -> None:
+    def __init__(self, state: State, log: Log, broker: Broker) -> None:
         self._state = state
         self._log = log
+        self._broker = broker
 
     def _verify(self, token: bytes) -> VerifiedToken:
         verified = verify(Token.parse(token), self._state.owner.ed25519, now=self._state.clock())
         verified.scope.require_enforced(ENFORCED)
         return verified
 
-    def charge(self, caller: Caller, request: ChargeRequest) -> Receipt:
-        """Checks 1 to 5, then a receipt. A refusal is logged too, and changes no account."""
+    def charge(self, request: Signed) -> Receipt:
+        """All the checks, then a receipt. A refusal is logged, and changes no account. Raises CapabilityRefused."""
+        asked = ChargeRequest.parse(request.body)
+        charged = self._broker.acting(request, lambda database, caller: self._charge(database, caller, asked))
+        if isinstance(charged, CapabilityRefused):
+            raise charged
+        return Receipt.make(*charged, self._state.clock(), self._state.release_key)
+
+    def _charge(
+        self, database: sqlite3.Connection, caller: Caller, request: ChargeRequest
+    ) -> tuple[bytes, int] | CapabilityRefused:
+        """The invocation's id and its place in the log; or the refusal, once it is in the log."""
         token = self._verify(request.token)
         invocation = verify_invocation(
             Invocation.parse(request.invocation),
@@ -48,22 +58,18 @@ class Budgets:
             channel_binding=request.channel_binding,
             argument_hash=request.argument_hash,
         )
-        if request.bytes_out < 0:
-            raise CapabilityRefused("bytes are not negative")
-        details = {"operation": invocation.operation, "asset": token.asset, "handle": token.handles[-1]}
-        with self._state.transaction() as database:
-            Broker.allow(database, token.asset, caller.result.measurement, "readers")
+        Broker.allow(database, token.asset, caller.result.measurement, "readers")
+        use = {"operation": invocation.operation, "asset": token.asset, "handle": token.handles[-1]}
         try:
-            with self._state.transaction() as database:
+            with self._state.transaction():
                 self._check_revoked(database, token)
                 self._check_new(database, invocation.id)
                 self._spend(database, token, request.bytes_out)
-                index = self._log.append(database, "use", details)
+                return invocation.id, self._log.append(database, "use", use)
         except CapabilityRefused as refusal:
-            with self._state.transaction() as database:
-                self._log.append(database, "use refused", {**details, "code": refusal.code})
-            raise
-        return Receipt.make(invocation.id, index, self._state.clock(), self._state.release_key)
+            # By the owner's grant: narrowed handles cost nothing to make, and would fill the log one by one.
+            self._log.refused(database, "use refused", token.handles[0], refusal.code, use)
+            return refusal
 
     @staticmethod
     def _check_revoked(database: sqlite3.Connection, token: VerifiedToken) -> None:

@@ -59,6 +59,21 @@ class Log:
         database.execute("INSERT INTO entry VALUES (?, ?, ?, ?)", (index, public, salt, encoded))
         return index
 
+    def refused(
+        self, database: sqlite3.Connection, kind: str, subject: bytes, code: str, details: dict[str, Any]
+    ) -> None:
+        """Log the 1st, 2nd, 4th, 8th ... refusal of this code for this subject, with its number.
+
+        Whoever is refused can come again as often as he likes: the log grows with the logarithm of it.
+        """
+        (count,) = database.execute(
+            "INSERT INTO refused VALUES (?, ?, 1) ON CONFLICT (subject, code) DO UPDATE SET count = count + 1 "
+            "RETURNING count",
+            (subject, code),
+        ).fetchone()
+        if count & (count - 1) == 0:
+            self.append(database, kind, {**details, "code": code, "count": count})
+
     @staticmethod
     def _size(database: sqlite3.Connection) -> int:
         (last,) = database.execute("SELECT max(idx) FROM entry").fetchone()

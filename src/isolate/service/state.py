@@ -17,35 +17,43 @@ not yet sealed at rest (threat-model.md). Spec: docs/spec/service.md, section 9.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
-import secrets
+import re
+import shutil
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self, TypeVar
 
 from isolate.crypto.kem import Identity, Recipient
 from isolate.crypto.signing import SigningKey, VerifyingKey
-from isolate.errors import RefusedError, StorageError, UsageError
-from isolate.messages.attest import ServiceCertificate
+from isolate.errors import IsolateError, RefusedError, StorageError, UnavailableError, UsageError
+from isolate.messages.attest import MAX_RECOVERY, ServiceCertificate
 
 CERTIFICATE_LIFETIME = 90 * 24 * 3600  # seconds
-NONCE_LIFETIME = 300  # seconds: of a challenge, and the age up to which a signed request's nonce is remembered
 _KEYS = ("release", "result", "log")
+# Also the origin of the log's checkpoints, so it may hold no space and no plus.
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+# How a transaction begins, ends and is undone: a whole one, and one inside another.
+_WHOLE = ("BEGIN IMMEDIATE", "COMMIT", ("ROLLBACK",))
+_SAVEPOINT = ("SAVEPOINT step", "RELEASE step", ("ROLLBACK TO step", "RELEASE step"))
+
+C = TypeVar("C")
+T = TypeVar("T")
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL);
 CREATE TABLE policy (sequence INTEGER PRIMARY KEY, signed BLOB NOT NULL);
-CREATE TABLE challenge (
-    nonce BLOB PRIMARY KEY, job TEXT NOT NULL, rank INTEGER NOT NULL, generation INTEGER NOT NULL,
-    expires INTEGER NOT NULL);
 CREATE TABLE seen (nonce BLOB PRIMARY KEY);
 CREATE TABLE slot (
-    job TEXT, rank INTEGER, issued INTEGER NOT NULL, current INTEGER NOT NULL, PRIMARY KEY (job, rank));
+    job TEXT, rank INTEGER, generation INTEGER NOT NULL, instance BLOB NOT NULL, PRIMARY KEY (job, rank));
 CREATE TABLE instance (
     instance BLOB PRIMARY KEY, envelope BLOB NOT NULL, keys BLOB NOT NULL, measurement TEXT NOT NULL,
     time INTEGER NOT NULL);
@@ -56,6 +64,7 @@ CREATE TABLE asset (
 CREATE TABLE account (handle BLOB PRIMARY KEY, uses INTEGER NOT NULL, bytes_out INTEGER NOT NULL);
 CREATE TABLE charged (invocation BLOB PRIMARY KEY);
 CREATE TABLE revoked (handle BLOB PRIMARY KEY);
+CREATE TABLE refused (subject BLOB, code TEXT, count INTEGER NOT NULL, PRIMARY KEY (subject, code));
 CREATE TABLE entry (idx INTEGER PRIMARY KEY, public BLOB NOT NULL, salt BLOB NOT NULL, details BLOB NOT NULL);
 CREATE TABLE node (level INTEGER, idx INTEGER, hash BLOB NOT NULL, PRIMARY KEY (level, idx)) WITHOUT ROWID;
 """
@@ -72,17 +81,38 @@ def create(
 ) -> ServiceCertificate:
     """Make the state of a new service: fresh keys, certified by the owner's root for 90 days.
 
-    ``recovery`` are the owner's offline recipients, to whom enclaves also seal what they make. ``now`` is Unix
-    seconds. Raises StorageError when the folder holds a state already. The owner's key is used and not kept.
+    ``name`` is 1 to 64 of A-Z a-z 0-9 . _ -; ``recovery`` are the owner's offline recipients, to whom enclaves
+    also seal what they make. ``now`` is Unix seconds. The owner's key is used and not kept. Raises UsageError, and
+    StorageError when the folder holds anything already; then nothing half-made is left.
     """
-    root = Path(folder)
+    if not _NAME.fullmatch(name) or not lineage:
+        raise UsageError("a service's name is 1 to 64 of A-Z a-z 0-9 . _ -, and its lineage is not empty")
+    if len(recovery) > MAX_RECOVERY:
+        raise UsageError(f"a service has at most {MAX_RECOVERY} recovery recipients")
+    root = Path(folder).absolute()
     try:
-        (root / "keys").mkdir(parents=True, mode=0o700)
-    except FileExistsError:
-        raise StorageError(f"{root} holds a service's state already") from None
+        root.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))  # readable by its user alone
+        try:
+            certificate = _fill(made, owner=owner, name=name, lineage=lineage, recovery=recovery, now=now)
+            # Onto an empty folder this succeeds; onto anything else it does not.
+            made.rename(root)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+    except sqlite3.Error as error:
+        raise StorageError(f"cannot make {root}: {_name_of(error)}") from None
     except OSError as error:
+        if root.exists():
+            raise StorageError(f"{root} holds a service's state, or something else, already") from None
         raise StorageError(f"cannot make {root}: {error.strerror}") from None
-    root.chmod(0o700)
+    return certificate
+
+
+def _fill(
+    root: Path, *, owner: SigningKey, name: str, lineage: str, recovery: Sequence[Recipient], now: int
+) -> ServiceCertificate:
+    (root / "keys").mkdir(mode=0o700)
     identity = Identity.generate()
     identity.save(root / "keys" / "recipient.key")
     keys = {purpose: SigningKey.generate() for purpose in _KEYS}
@@ -94,26 +124,29 @@ def create(
         lineage=lineage,
         **public,
         recipient=identity.recipient.raw,
+        recovery=[recipient.raw for recipient in recovery],
         not_before=now - 60,
         not_after=now + CERTIFICATE_LIFETIME,
     ).sign(owner)
-    database = sqlite3.connect(root / "state.db")
-    with database:
+    with contextlib.closing(sqlite3.connect(root / "state.db")) as database, database:
         database.executescript(_SCHEMA)
         database.executemany(
             "INSERT INTO meta VALUES (?, ?)",
-            [
-                ("owner", owner.verifying_key.to_bytes()),
-                ("certificate", certificate.encode()),
-                ("recovery", b"".join(recipient.raw for recipient in recovery)),
-            ],
+            [("owner", owner.verifying_key.to_bytes()), ("certificate", certificate.encode())],
         )
-    database.close()
     return certificate
 
 
+def _name_of(error: sqlite3.Error) -> str:
+    # Only what SQLite itself refused has a name; the module's own complaints have none.
+    return getattr(error, "sqlite_errorname", type(error).__name__)
+
+
 class State:
-    """An opened state. ``clock`` answers Unix seconds. Raises StorageError when another process has it open."""
+    """An opened state. ``clock`` answers Unix seconds.
+
+    Raises StorageError when another process has it open (code ``second_writer``), or when it cannot be read.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], *, clock: Callable[[], int]) -> None:
         root = Path(folder)
@@ -121,24 +154,33 @@ class State:
             raise UsageError(f"{root} holds no service's state", hint="make one with `isolate serve --init`")
         self.clock = clock
         self._turn = threading.RLock()
-        self._lock_file = (root / "lock").open("wb")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock_file.close()
-            raise StorageError(f"another service runs on {root}", code="second_writer") from None
-        self._database = sqlite3.connect(root / "state.db", check_same_thread=False, isolation_level=None)
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute("PRAGMA synchronous=FULL")
-        self.identity = Identity.load(root / "keys" / "recipient.key")
+        self._depth = 0
+        with contextlib.ExitStack() as undo:
+            self._lock_file = undo.enter_context(_locked(root))
+            try:
+                self._database = sqlite3.connect(root / "state.db", check_same_thread=False, isolation_level=None)
+                undo.callback(self._database.close)
+                self._database.execute("PRAGMA journal_mode=WAL")
+                self._database.execute("PRAGMA synchronous=FULL")
+                self._load(root / "keys")
+            except sqlite3.Error as error:
+                raise StorageError(f"the state could not be read: {_name_of(error)}") from None
+            undo.pop_all()
+
+    def _load(self, keys: Path) -> None:
+        self.identity = Identity.load(keys / "recipient.key")
         self.release_key, self.result_key, self.log_key = (
-            SigningKey.load(root / "keys" / f"{purpose}.key") for purpose in _KEYS
+            SigningKey.load(keys / f"{purpose}.key") for purpose in _KEYS
         )
         self.owner = VerifyingKey.from_bytes(self._meta("owner"))
-        self.certificate = ServiceCertificate.parse(self._meta("certificate"))
-        raw = self._meta("recovery")
-        size = len(self.identity.recipient.raw)
-        self.recovery = [Recipient(raw[at : at + size]) for at in range(0, len(raw), size)]
+        certificate = ServiceCertificate.parse(self._meta("certificate"))
+        self.certificate = certificate.verify(self.owner, certificate.lineage)
+        mine = [key.verifying_key.to_bytes() for key in (self.release_key, self.result_key, self.log_key)]
+        if [certificate.release, certificate.result, certificate.log, certificate.recipient] != [
+            *mine,
+            self.identity.recipient.raw,
+        ]:
+            raise StorageError("the keys of this state are not those that its certificate names")
 
     @property
     def name(self) -> str:
@@ -152,33 +194,55 @@ class State:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """One writer at a time; committed and synced at the end, rolled back on any exception."""
+        """One writer at a time; committed and synced at the end, rolled back on any exception.
+
+        Inside another of the same thread it is a savepoint: an exception undoes what was done within it, and
+        nothing counts before the outermost has committed. Raises StorageError when it cannot be written.
+        """
         with self._turn:
+            begin, commit, undo = _SAVEPOINT if self._depth else _WHOLE
+            self._depth += 1
             try:
-                self._database.execute("BEGIN IMMEDIATE")
+                self._database.execute(begin)
                 yield self._database
-                self._database.execute("COMMIT")
-            except sqlite3.Error as error:
-                self._roll_back()
-                raise StorageError(f"the state could not be written: {error.sqlite_errorname}") from None
-            except BaseException:
-                self._roll_back()
+                self._database.execute(commit)
+            except BaseException as error:
+                # When even this fails, the next BEGIN does too, and nothing is answered any more.
+                with contextlib.suppress(sqlite3.Error):
+                    for statement in undo:
+                        self._database.execute(statement)
+                if isinstance(error, sqlite3.Error):
+                    raise StorageError(f"the state could not be written: {_name_of(error)}") from None
                 raise
+            finally:
+                self._depth -= 1
 
-    def _roll_back(self) -> None:
-        if self._database.in_transaction:
-            self._database.execute("ROLLBACK")
+    def once(
+        self,
+        nonce: bytes,
+        check: Callable[[sqlite3.Connection], C],
+        act: Callable[[sqlite3.Connection, C], T],
+    ) -> T:
+        """Check, use up the nonce of a signed request, and act: in one transaction, so that nothing moves between.
 
-    def use_nonce(self, database: sqlite3.Connection, nonce: bytes) -> None:
-        """Raises RefusedError when this nonce of a signed request was used before. It is never forgotten: a
-        signed request carries no time that it would expire by."""
-        try:
-            database.execute("INSERT INTO seen VALUES (?)", (nonce,))
-        except sqlite3.IntegrityError:
-            raise RefusedError("this request was made before", code="replayed") from None
-
-    def new_nonce(self) -> bytes:
-        return secrets.token_bytes(32)
+        Refused by ``check``, the request leaves nothing: nobody burns another's nonce, or fills the table. Refused
+        by ``act``, it leaves its used nonce and nothing else. A nonce is never forgotten: a signed request carries
+        no time that it would expire by. Raises RefusedError (code ``replayed``), and what both raise.
+        """
+        with self.transaction() as database:
+            checked = check(database)
+            try:
+                database.execute("INSERT INTO seen VALUES (?)", (nonce,))
+            except sqlite3.IntegrityError:
+                raise RefusedError("this request was made before", code="replayed") from None
+            try:
+                with self.transaction():
+                    return act(database, checked)
+            except UnavailableError:
+                raise
+            except IsolateError as error:
+                refusal = error
+        raise refusal
 
     def close(self) -> None:
         self._database.close()
@@ -191,3 +255,17 @@ class State:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _locked(root: Path) -> IO[bytes]:
+    """The lock file, held. Raises StorageError."""
+    try:
+        file = (root / "lock").open("wb")
+    except OSError as error:
+        raise StorageError(f"cannot open {root}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise StorageError(f"another service runs on {root}", code="second_writer") from None
+    return file
