@@ -1,8 +1,8 @@
 """Remove each numbered check of attestation in turn, in a copy of the tree, and see that a test fails.
 
-    python tests/attestation/mutate.py [WORD]...
+    python tests/attestation/mutate.py [--list] [WORD]...
 
-A WORD keeps the mutants whose name contains it. Exit status 1 when a mutant survives. The checks are found in the
+A WORD keeps the mutants whose name contains it; --list only names them. Exit status 1 when a mutant survives. The checks are found in the
 code, not listed here: the functions under ``@_numbered(N, ...)`` of the appraisal, and the calls of
 ``require(condition, N, ...)`` in verifiers and result. A check of several calls gives several mutants.
 """
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -86,21 +87,35 @@ def survives(file: str, changed: str) -> bool:
         return done.returncode == 0
 
 
-def main(words: list[str]) -> int:
-    tried, alive = 0, []
+def chosen(words: list[str]) -> Iterator[tuple[str, str, str]]:
+    """(title, file, changed source) of every mutant that the words keep."""
     for file in TESTS:
         source = (ROOT / "src" / ROOM / file).read_text(encoding="utf-8")
         for name, changed in mutants(source):
-            title = f"{file}: {name}"
-            if words and not any(word in title for word in words):
-                continue
-            tried += 1
-            lives = survives(file, changed)
+            if not words or any(word in f"{file}: {name}" for word in words):
+                yield f"{file}: {name}", file, changed
+
+
+def main(words: list[str]) -> int:
+    only_list = "--list" in words
+    mutations = list(chosen([word for word in words if word != "--list"]))
+    if only_list:
+        print("\n".join(title for title, _, _ in mutations))
+        return 0
+    for file in sorted({file for _, file, _ in mutations}):
+        # The copy itself must pass, or every mutant would seem noticed.
+        if not survives(file, ast.unparse(ast.parse((ROOT / "src" / ROOM / file).read_text(encoding="utf-8")))):
+            raise SystemExit(f"the tests of {file} fail without a change")
+    alive = []
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for (title, _, _), lives in zip(
+            mutations, pool.map(lambda one: survives(*one[1:]), mutations), strict=True
+        ):
             print(f"{'SURVIVES' if lives else 'noticed '}  {title}", flush=True)
             if lives:
                 alive.append(title)
-    print(f"{tried} checks removed in turn, {len(alive)} not noticed")
-    return 1 if alive or not tried else 0
+    print(f"{len(mutations)} checks removed in turn, {len(alive)} not noticed")
+    return 1 if alive or not mutations else 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from isolate.attestation.evidence import Envelope, Part, Slot, Submod, gpu_nonce
 from isolate.attestation.manifest import Manifest
 from isolate.attestation.policy import Policy, Reference, Rules, TrustedSigner
 from isolate.crypto.signing import SigningKey
-from isolate.errors import AppraisalRefused, UsageError
+from isolate.errors import AppraisalRefused, EvidenceRefused, UsageError
 from isolate.launch.root import SimulatedRoot
 
 NOW = 1_780_000_000
@@ -66,6 +66,7 @@ def test_the_numbers_are_those_of_the_docstring() -> None:
 
     listed = [line.split() for line in (module.__doc__ or "").splitlines()]
     named = {int(words[0][:-1]): words[1] for words in listed if words and words[0][:-1].isdigit()}
+    assert len(named) == 21
     assert named == {number: name for number, name, _ in CHECKS}
 
 
@@ -325,7 +326,15 @@ def test_replay_reads_a_record_and_gives_no_freshness(world: Any) -> None:
     old = world.envelope(timestamp_ms=(NOW - 250) * 1000)
     at = NOW - 250
     assert failed(world.appraise(old, at=at, nonce=None)) == [5]
+    assert verifiers.own_time("simulated", old.evidence) == at
     assert world.appraise(old, at=at, nonce=None, mode=Mode.REPLAY).accepted
+    assert failed(world.appraise(old, at=at + 1, nonce=None, mode=Mode.REPLAY)) == [7]
+    with pytest.raises(UsageError):
+        verifiers.own_time("tdx", b"")
+    for junk in (b"", b"junk", b"\x01", b"\x83\x01\x02\x03"):
+        for kind in verifiers.TIMED:
+            with pytest.raises(EvidenceRefused):
+                verifiers.own_time(kind, junk)
 
 
 def test_manifests_ship_new_code_without_a_new_policy(world: Any) -> None:

@@ -64,7 +64,8 @@ def test_a_nitro_document_binds_the_runtime_map(nitro_root: Any) -> None:
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        ([], MalformedError), ({"Error": "InvalidArgument"}, UnavailableError), ({"Attestation": {}}, MalformedError),
+        ([], MalformedError), ({"Error": "InvalidArgument"}, UnavailableError),
+        ({"Attestation": {}}, MalformedError),
         ({"Attestation": {"document": "text"}}, MalformedError), ({}, MalformedError), (b"\xff", MalformedError),
         (b"", MalformedError), (bytes(0x3001), MalformedError),
     ],

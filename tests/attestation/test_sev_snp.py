@@ -112,8 +112,10 @@ def test_4_key_and_issuer(vector: Read) -> None:
     assert refused(report, [collateral[0], vector("amd/oak_ask_genoa.pem")]) == "evidence_issuer"
     vlek = put(report, 0x48, (1 << 2).to_bytes(4, "little"))
     assert refused(vlek, collateral) == "evidence_key"
-    none = put(report, 0x48, (7 << 2).to_bytes(4, "little"))
-    assert refused(none, collateral) == "evidence_key"
+    # A report signed by no key, shown with the certificate of a provider.
+    provider = [vector("snp/trustee_test-vlek.der"), vector("amd/cdai_asvk_milan.der")]
+    none = put(vector("snp/trustee_test-vlek-report.bin"), 0x48, (7 << 2).to_bytes(4, "little"))
+    assert refused(none, provider, 1_748_736_000) == "evidence_key"
 
 
 @pytest.mark.threat("ATT-3")

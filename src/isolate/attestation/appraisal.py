@@ -8,7 +8,8 @@ The numbers stand in this list, in the code, in the tests and in docs/spec/evide
  4. binding        the evidence carries the digest of this runtime map: keys, nonce, slot, submodules
  5. nonce          the runtime map has the nonce that was issued for this session
  6. evidence-nonce the evidence's own nonce, where it has one, is the same
- 7. fresh          the evidence's own time, where it has one, is within the policy's age and skew
+ 7. fresh          the evidence's own time, where it has one, is within the policy's age and skew (in REPLAY: it is
+                   the time of the appraisal)
  8. purpose        the runtime map's purpose is what was asked for, and the policy admits it
  9. slot           the runtime map's slot is the one that the service issued, or both have none
 10. debug          no debug environment, no all-zero PCR0
@@ -190,8 +191,10 @@ def _fresh(case: Case) -> Finding:
     if case.claims is None:
         return _NOTHING
     made = case.claims.timestamp
-    if made is None or case.mode is Mode.REPLAY:
-        return True, "the nonce says how fresh it is", "no time of its own" if made is None else "a stored record"
+    if made is None:
+        return True, "the nonce says how fresh it is", "no time of its own"
+    if case.mode is Mode.REPLAY:
+        return made == case.at, f"the record's own time, {case.at}", str(made)
     policy, age = case.policy, case.at - made
     passed = -policy.max_skew <= age <= policy.max_age
     return passed, f"an age of {-policy.max_skew} to {policy.max_age} s", f"{age} s"

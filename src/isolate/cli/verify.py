@@ -25,7 +25,6 @@ from isolate.attestation.appraisal import Mode, compare
 from isolate.attestation.claims import LATEST, VerifiedClaims
 from isolate.attestation.evidence import MAX_COLLATERAL, MAX_EVIDENCE, MAX_PIECES, Part
 from isolate.attestation.policy import MAX_POLICY, Policy
-from isolate.attestation.verifiers import nitro
 from isolate.errors import AppraisalRefused, EvidenceRefused, RefusedError, StorageError, UsageError
 
 _MAX_FILE = 4 * MAX_EVIDENCE  # hex doubles it, and JSON wraps base64
@@ -146,8 +145,8 @@ def verify_command(
     """
     if len(collateral) > MAX_PIECES:
         raise UsageError(f"at most {MAX_PIECES} pieces of collateral")
-    if when == "evidence" and kind != "nitro":
-        raise UsageError("--at evidence is for nitro: other evidence states no time of its own")
+    if when == "evidence" and kind not in verifiers.TIMED:
+        raise UsageError("--at evidence is for nitro: this kind of evidence states no time of its own")
     at = int(time.time()) if when in (None, "evidence") else moment(when or "")
     policy = None
     if policy_file is not None:
@@ -156,7 +155,7 @@ def verify_command(
     try:
         raw = decode(_read(evidence, _MAX_FILE))
         if when == "evidence":
-            at = nitro.own_time(raw)
+            at = verifiers.own_time(kind, raw)
         part = Part(kind, raw, tuple(_read(one, MAX_COLLATERAL) for one in collateral))
         claims, reasons, refusal = _judge(part, at, policy, Mode.REPLAY if when == "evidence" else Mode.LIVE)
     except RefusedError as error:

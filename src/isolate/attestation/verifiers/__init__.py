@@ -24,6 +24,7 @@ OURS = {  # kind -> module of this package
     "tdx": "tdx",
     "nvidia-gpu": "nvidia",
 }
+TIMED = ("nitro", "simulated")
 
 
 def kinds() -> list[str]:
@@ -42,3 +43,14 @@ def find(kind: str) -> Verifier:
         raise UsageError(f"{len(offered)} verifiers for this kind of evidence", hint=f"known: {', '.join(OURS)}")
     theirs: Verifier = offered[0].load()
     return theirs
+
+
+def own_time(kind: str, evidence: bytes) -> int:
+    """The time that the evidence states itself, unix seconds, *unverified*: the ``at`` of a REPLAY.
+
+    Raises UsageError for a kind that states none, EvidenceRefused for evidence that cannot be read.
+    """
+    if kind not in TIMED:
+        raise UsageError(f"evidence of this kind states no time of its own; {' and '.join(TIMED)} do")
+    found: int = import_module(f"{__name__}.{OURS[kind]}").own_time(evidence)
+    return found

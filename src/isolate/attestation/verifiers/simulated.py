@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from isolate.attestation.claims import VerifiedClaims, require, verifier, vouch
 from isolate.attestation.verifiers.cose import ALGORITHM, CONTENT_TYPE, CRITICAL, ES384, signed_bytes
 from isolate.crypto import cbor, x509
-from isolate.errors import MalformedError
+from isolate.errors import EvidenceRefused, MalformedError
 
 KIND = "simulated"
 MEDIA_TYPE = "application/vnd.isolate.simulated-attestation+cbor"
@@ -50,6 +50,14 @@ FIELDS: dict[str, type] = {
     "user_data": bytes,
     "nonce": bytes,
 }
+
+
+def own_time(evidence: bytes) -> int:
+    """The document's own time in unix seconds, *unverified*: a time to verify at. Raises EvidenceRefused."""
+    try:
+        return int(cbor.record(cbor.decode(evidence, max_size=MAX_SIZE)[2], FIELDS)["timestamp"]) // 1000
+    except (MalformedError, TypeError, LookupError):
+        raise EvidenceRefused("this is no simulated document", code="evidence_form") from None
 
 
 @verifier(max_size=MAX_SIZE)
