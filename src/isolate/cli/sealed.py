@@ -155,14 +155,14 @@ def seal(
             raise UsageError("--compartment takes ID=GLOB")
         globs.setdefault(name, []).append(glob)
     to = _recipients(recipients, passphrase_file)
-    if len(to) == 1 and isinstance(to[0], Recipient):
-        click.echo("isolate: warning: one recipient only: who loses that key loses the model", err=True)
     with _progress("seal", _size(model)) as progress:
         digest = sealed.seal_file(
             model, output, recipients=to, sign=SigningKey.load(sign_file), model_id=model_id, epoch=epoch,
             previous=sealed.public_facts(previous).digest if previous else None,
             suite=_SUITES[suite] if suite else None, compartments=globs or None, progress=progress,
         )  # fmt: skip
+    if len(to) == 1 and isinstance(to[0], Recipient):
+        click.echo("isolate: warning: one recipient only: who loses that key loses the model", err=True)
     click.echo(f"sealed {output}, digest: {digest.hex()}")
 
 
