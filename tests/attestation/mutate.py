@@ -2,9 +2,9 @@
 
     python tests/attestation/mutate.py [--list] [WORD]...
 
-A WORD keeps the mutants whose name contains it; --list only names them. Exit status 1 when a mutant survives. The checks are found in the
-code, not listed here: the functions under ``@_numbered(N, ...)`` of the appraisal, and the calls of
-``require(condition, N, ...)`` in verifiers and result. A check of several calls gives several mutants.
+A WORD keeps the mutants whose name contains it; --list only names them. Exit status 1 when a mutant survives.
+The checks are found in the code, not listed here: the functions under ``@_numbered(N, ...)`` of the appraisal, and
+the calls of ``require(condition, N, ...)`` in verifiers and result. A check of several calls gives several mutants.
 """
 
 from __future__ import annotations
