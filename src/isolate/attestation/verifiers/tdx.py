@@ -104,6 +104,20 @@ def _collateral(pieces: Sequence[bytes]) -> tuple[str, float] | None:
     return text, min(ends)
 
 
+_FIELDS = (
+    "mr_td", "rt_mr0", "rt_mr1", "rt_mr2", "rt_mr3", "mr_seam", "mr_config_id", "mr_owner", "mr_owner_config",
+    "tee_tcb_svn", "td_attributes", "report_data",
+)  # fmt: skip
+
+
+def _fields(quote: bytes) -> dict[str, bytes]:
+    """The fields of the TD's report, the same in every version (1.0, and 1.5 with more behind them)."""
+    import dcap_qvl
+
+    report = dcap_qvl.parse_quote(quote).report
+    return {name: bytes(getattr(report, name)) for name in _FIELDS}
+
+
 def _judge(quote: bytes, collateral: str, at: int) -> Mapping[str, Any] | None:
     """dcap-qvl's claims, or None when it refuses. Raises MissingExtra."""
     try:
@@ -162,12 +176,10 @@ def verify(
 
     claims = _judge(quote, text, at)
     require(claims is not None, 8, "quote", "the quote does not verify with this collateral at this time")
-    return _vouch(claims or {}, len(tail))
+    return _vouch(claims or {}, _fields(quote), len(tail))
 
 
-def _vouch(claims: Mapping[str, Any], stripped: int) -> VerifiedClaims:
-    report = next(iter(claims["report"].values()))
-    raw = {name: bytes.fromhex(value) for name, value in report.items() if isinstance(value, str)}
+def _vouch(claims: Mapping[str, Any], raw: Mapping[str, bytes], stripped: int) -> VerifiedClaims:
     pck, svns = claims["platform"]["pck"], raw["tee_tcb_svn"]
     registers = {"MRTD": "mr_td", "RTMR0": "rt_mr0", "RTMR1": "rt_mr1", "RTMR2": "rt_mr2", "RTMR3": "rt_mr3"}
     owners = {"mr_owner": raw["mr_owner"], "mr_owner_config": raw["mr_owner_config"]}
