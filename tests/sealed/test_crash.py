@@ -22,7 +22,7 @@ from isolate.sealed import stores
 
 # The package has a function of the same name.
 rewrapping = importlib.import_module("isolate.sealed.rewrap")
-COUNTED = ("write", "pwrite", "fsync", "link", "replace", "open", "unlink")
+COUNTED = ("write", "pwrite", "fsync", "fdatasync", "link", "replace", "open", "unlink")
 
 
 class Killed(BaseException):
@@ -62,13 +62,14 @@ def deaths(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> Iterator[
     for torn in (False, True):
         for n in range(1, 1000):
             double = DyingOS(n, torn)
-            monkeypatch.setattr(stores, "os", double)
-            monkeypatch.setattr(rewrapping, "os", double)
-            try:
-                run()
-            except Killed:
-                assert double.dead
-            monkeypatch.undo()
+            with monkeypatch.context() as patch:
+                patch.setattr(stores, "_SYNC_EVERY", 4096)
+                patch.setattr(stores, "os", double)
+                patch.setattr(rewrapping, "os", double)
+                try:
+                    run()
+                except Killed:
+                    assert double.dead
             yield
             if not double.dead:
                 break
@@ -88,8 +89,6 @@ def test_a_kill_while_sealing_leaves_the_old_file_or_the_new(
     sealed.save_file({"w": np.zeros(20000)}, path, **options)
     before, seen = path.read_bytes(), set()
     for _ in deaths(monkeypatch, lambda: sealed.save_file({"w": np.ones(20000)}, path, **options)):
-        if not unnamed:
-            monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
         found = sealed.load_file(path, identity=identity, signed_by=owner.verifying_key)["w"]
         seen.add(float(found[0]))
         assert found.tobytes() == np.full(20000, found[0]).tobytes()
@@ -171,7 +170,7 @@ class FailingOS:
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
-        if name not in ("write", "fsync", "link", "replace"):
+        if name not in ("write", "fsync", "fdatasync", "link", "replace"):
             return real
 
         def operation(*arguments: Any, **options: Any) -> Any:
@@ -188,9 +187,11 @@ def test_a_failure_is_an_error_and_leaves_nothing(
 ) -> None:
     path, failures = tmp_path / "m", 0
     for n in range(1, 100):
-        monkeypatch.setattr(stores, "os", FailingOS(n))
         try:
-            sealed.save_file({"w": np.ones(2000)}, path, recipients=[identity.recipient], sign=owner)
+            with monkeypatch.context() as patch:
+                patch.setattr(stores, "_SYNC_EVERY", 4096)
+                patch.setattr(stores, "os", FailingOS(n))
+                sealed.save_file({"w": np.ones(2000)}, path, recipients=[identity.recipient], sign=owner)
         except StorageError as error:
             failures += 1
             assert "No space left" in str(error)
@@ -199,8 +200,6 @@ def test_a_failure_is_an_error_and_leaves_nothing(
             path.unlink(missing_ok=True)
         else:
             break
-        finally:
-            monkeypatch.undo()
     assert failures >= 6
     assert list(tmp_path.iterdir()) == [path]
 
