@@ -116,6 +116,9 @@ def test_3_no_verifier_and_a_failing_verifier(world: Any, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(verifiers, "find", lambda kind: crash)
     appraisal = world.appraise(Envelope("unheard", b"x", (), runtime))
+    assert appraisal.checks[2].found == "no evidence of this kind is named in the policy"
+    named = world.policy.evolve(rules={"unheard": Rules()})
+    appraisal = world.appraise(Envelope("unheard", b"x", (), runtime), policy=named)
     assert appraisal.checks[2].found == "the verifier failed"
 
 
@@ -319,7 +322,7 @@ def test_21_a_good_gpu_of_another_session_cannot_be_mixed_in(world: Any, claimed
 
 def test_a_device_without_a_reference_needs_an_explicit_rule(world: Any, claimed: Any) -> None:
     envelope, policy = gpu(world, claimed)
-    assert failed(world.appraise(envelope, policy=policy.evolve(rules={}))) == [16]
+    assert failed(world.appraise(envelope, policy=policy.evolve(rules={"fake": Rules()}))) == [16]
 
 
 def test_replay_reads_a_record_and_gives_no_freshness(world: Any) -> None:

@@ -61,6 +61,10 @@ def test_sizes_and_arguments_come_first() -> None:
         with pytest.raises(EvidenceRefused) as refused:
             sample(evidence, at=0)
         assert refused.value.code == "evidence_size"
+    for collateral in ([b""] * 17, [bytes(131_073)]):
+        with pytest.raises(EvidenceRefused) as refused:
+            sample(b"fine", at=0, collateral=collateral)
+        assert refused.value.code == "evidence_size"
     for wrong in ({"at": -1}, {"at": 2**40}, {"at": True}, {"at": 0, "anchors": [b"short"]}):
         with pytest.raises(UsageError):
             sample(b"fine", **wrong)  # type: ignore[arg-type]

@@ -91,6 +91,8 @@ def test_dates_may_be_written_as_such() -> None:
         ("sequence = 7", 'sequence = "7"', "not of type int"),
         ("sequence = 7", "sequence = true", "not of type int"),
         ("sequence = 7", "sequence = -1", "whole number"),
+        ("max_age = 100", "max_age = 9223372036854775808", "64 bits"),
+        ("[rules.tdx]", '[rules."t\\nx"]', "cannot be printed"),
         ("sequence = 7", "", "lacks sequence"),
         ("lifetime = 120", "lifetime = 301", "1 to 300"),
         ("max_age = 100", "max_age = -1", "negative"),

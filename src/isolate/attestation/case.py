@@ -63,7 +63,13 @@ class Case:
 
 
 def verify_part(part: Part, policy: Policy, at: int, anchors: Mapping[str, Sequence[bytes]]) -> Device:
-    """Run the verifier of the part's kind. Whatever it raises on hostile evidence becomes ``problem``."""
+    """Run the verifier of the part's kind. Whatever it raises on hostile evidence becomes ``problem``.
+
+    A verifier of another distribution runs only when the policy has a reference or rules for its kind.
+    """
+    named = {one.kind for one in policy.references} | set(policy.rules)
+    if part.kind not in verifiers.OURS and part.kind not in named:
+        return Device(part, None, "no evidence of this kind is named in the policy")
     pinned = policy.simulated_anchors if part.kind == "simulated" else anchors.get(part.kind)
     try:
         claims = verifiers.find(part.kind)(part.evidence, at=at, anchors=pinned, collateral=part.collateral)

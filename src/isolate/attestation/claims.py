@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn, Protocol
 
 from attrs import field, frozen
 
+from isolate.attestation.evidence import MAX_COLLATERAL, MAX_PIECES
 from isolate.errors import EvidenceRefused, IsolateError, RefusedError, UsageError
 
 Tier = Literal["simulated", "hardware"]
@@ -187,6 +188,10 @@ def verifier(*, max_size: int) -> Callable[[Verifier], Verifier]:
                 raise UsageError("the time of verification is in unix seconds")
             if anchors is not None and any(not isinstance(one, bytes) or len(one) != 32 for one in anchors):
                 raise UsageError("an anchor is the SHA-256 fingerprint of a root certificate, 32 bytes")
+            if len(collateral) > MAX_PIECES or any(len(one) > MAX_COLLATERAL for one in collateral):
+                raise EvidenceRefused(
+                    f"collateral is at most {MAX_PIECES} pieces of {MAX_COLLATERAL} bytes", code="evidence_size"
+                )
             if not 0 < len(evidence) <= max_size:
                 raise EvidenceRefused(
                     f"evidence of {len(evidence)} bytes, where 1 to {max_size} are read", code="evidence_size"

@@ -47,7 +47,7 @@ def from_plain(cls: type[T], value: object, path: str) -> T:
         raise PolicyRefused(f"{path} is no table")
     hints = typing.get_type_hints(cls)
     fields = {one.name: one for one in attrs.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(str(name)[:40] for name in set(value) - set(fields))
+    unknown = sorted(ascii(name).strip("'")[:40] for name in set(value) - set(fields))
     if unknown:
         raise PolicyRefused(f"{path} has unknown fields: {', '.join(unknown)[:200]}")
     missing = sorted(name for name, one in fields.items() if one.default is attrs.NOTHING and name not in value)
@@ -74,7 +74,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, dict):
             raise PolicyRefused(f"{path} is no table")
-        return {str(name): _convert(arguments[1], one, f"{path}.{name}"[:200]) for name, one in value.items()}
+        if any(not isinstance(name, str) or not name.isprintable() or len(name) > 128 for name in value):
+            raise PolicyRefused(f"{path} has a name that cannot be printed, or of more than 128 characters")
+        return {name: _convert(arguments[1], one, f"{path}.{name}") for name, one in value.items()}
     if attrs.has(hint):
         return from_plain(hint, value, path)
     if hint is bytes:
@@ -89,6 +91,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return raw
     if type(value) is not hint:
         raise PolicyRefused(f"{path} is not of type {hint.__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise PolicyRefused(f"{path} is outside 64 bits")
     if isinstance(value, str) and not value.isprintable():
         raise PolicyRefused(f"{path} has characters that cannot be printed")
     return value

@@ -92,8 +92,6 @@ def _report(at: int, kind: str, claims: VerifiedClaims | None, reasons: list[str
     }
     if claims is not None:
         tcb: dict[str, Any] = dict(claims.tcb)
-        if claims.svn is not None:
-            tcb["guest_svn"] = claims.svn
         if claims.status is not None:
             tcb |= {"status": claims.status, "advisories": list(claims.advisories)}
         body["measurements"] = {name: value.hex() for name, value in claims.measurements.items()}

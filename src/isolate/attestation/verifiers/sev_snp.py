@@ -201,7 +201,11 @@ def verify(
         binding=report[0x50:0x90],
         expires=expires,
         platform=chip[:size] if key == _VCEK else (provider or b"")[2:],
-        tcb={**{name: tcb[index] for name, index in _LAYOUTS[product].items()}, "report_version": version},
+        tcb={
+            **{name: tcb[index] for name, index in _LAYOUTS[product].items()},
+            "guest_svn": _field(report, 0x04, 4),
+            "report_version": version,
+        },
         svn=_field(report, 0x04, 4),
         smt=bool(policy >> 16 & 1),
         migration=bool(policy >> 18 & 1),
