@@ -238,8 +238,9 @@ def test_an_older_file_is_refused(assemble: Assemble, owner: SigningKey, identit
         sealed.load_file(source, expect=Epoch(8), **signed)
     with pytest.raises(RolledBack):
         sealed.load_file(source, expect=bytes(32), **signed)
-    with pytest.raises(UsageError):
-        sealed.load_file(source, expect=b"short", **signed)
+    for wrong in (b"short", "0" * 32, bytearray(32), 7):
+        with pytest.raises(UsageError, match="expect="):
+            sealed.load_file(source, expect=wrong, **signed)
 
 
 @pytest.mark.threat("SEAL-8")

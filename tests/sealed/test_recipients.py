@@ -184,6 +184,12 @@ def test_an_unlocker_with_a_wrong_key_is_refused(seal: Seal, owner: SigningKey, 
         opens(seal(MODEL), owner, Wrong())
 
 
+def test_an_unlocker_that_answers_nothing_is_a_usage_error(seal: Seal, owner: SigningKey) -> None:
+    nothing = type("Nothing", (), {"unlock": lambda self, facts: None})()
+    with pytest.raises(UsageError, match="answers"):
+        opens(seal(MODEL), owner, nothing)
+
+
 def test_hints_link_no_two_files(seal: Seal, identity: Identity) -> None:
     """Who does not hold the public key sees no common recipient; who does finds its stanza."""
     facts = [sealed.public_facts(MemorySource(seal(MODEL))) for _ in range(2)]

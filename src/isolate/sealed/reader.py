@@ -48,6 +48,7 @@ from isolate.errors import (
     Tampered,
     Truncated,
     UnauthenticatedOrigin,
+    UnavailableError,
     UsageError,
 )
 from isolate.sealed.directory import Epoch, Extent, PublicFacts, parse_trailer
@@ -103,7 +104,7 @@ def check_origin(facts: PublicFacts, signed_by: VerifyingKey | str | None, expec
         if facts.generation < expect.generation:
             raise RolledBack(f"{stage}: header generation {facts.generation}, expected {expect.generation} or more")
     elif expect is not None:
-        if len(expect) != HASH_SIZE:
+        if not isinstance(expect, bytes) or len(expect) != HASH_SIZE:
             raise UsageError("expect= takes a file digest of 32 bytes, or an Epoch")
         if not hmac.compare_digest(expect, facts.digest):
             raise RolledBack(f"{stage}: another file than expected: its digest differs")
@@ -195,7 +196,10 @@ class SealedReader:
         pieces: dict[str, list[Piece]] = {}
         for name in names:
             place = self.place(name)
-            found[name] = np.empty(place.entry.size, np.uint8)
+            try:
+                found[name] = np.empty(place.entry.size, np.uint8)
+            except MemoryError:
+                raise UnavailableError(f"there is no memory for the {place.entry.size} bytes of a tensor") from None
             if place.entry.size:
                 pieces.setdefault(place.compartment, []).append(Piece(place.start, found[name].data))
         self.fill(pieces)

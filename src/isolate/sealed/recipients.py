@@ -219,6 +219,8 @@ def _ask(facts: PublicFacts, identity: AnyIdentity) -> FileKey | CompartmentKeys
     if not isinstance(identity, Unlocker):
         raise UsageError("identity= takes an Identity, a Passphrase, a KeyWrapper or whatever has unlock(facts)")
     released = identity.unlock(facts)
+    if not isinstance(released, FileKey | CompartmentKeys):
+        raise UsageError("unlock(facts) answers a FileKey or CompartmentKeys")
     if isinstance(released, FileKey) and not check_file_key(released, facts):
         raise Tampered("unlock: the header does not belong to this file key")
     return released
