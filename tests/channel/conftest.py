@@ -13,6 +13,7 @@ from attrs import evolve, frozen
 
 from isolate.attestation.evidence import KeyDigests, instance_id
 from isolate.channel import Attested, Expect, Handshake, Holder
+from isolate.channel.session import Endpoint, Inbox, flat
 from isolate.crypto.exchange import CurveKey
 from isolate.crypto.secret import Secret
 from isolate.crypto.signing import SigningKey
@@ -168,3 +169,47 @@ def together() -> Callable[[Callable[[], Any], Callable[[], Any]], tuple[Any, An
         return found[0], found[1]
 
     return both
+
+
+@frozen
+class Sides:
+    """Two established endpoints without a transport: records are handed over by the test."""
+
+    one: Endpoint
+    other: Endpoint
+
+    def records(self, data: bytes | memoryview) -> list[bytes]:
+        """What ``one`` would send for this message."""
+        return [bytes(record) for record in self.one.outgoing(flat(data))]
+
+    def deliver(self, *records: bytes, target: Any = None) -> Any:
+        """Give the bytes to ``other`` and read one message; None when it waits for more."""
+        inbox = self.other._inbox
+        data = b"".join(records)
+        view = None if target is None else flat(target)
+        while need := self.other.pull(view):
+            if not data:
+                return None
+            space = inbox.space(need)
+            count = min(len(space), len(data))
+            space[:count] = data[:count]
+            inbox.added(count)
+            data = data[count:]
+        # What is left is read ahead, as a socket would.
+        while data:
+            space = inbox.space(len(inbox) + len(data))
+            count = min(len(space), len(data))
+            space[:count] = data[:count]
+            inbox.added(count)
+            data = data[count:]
+        return self.other.message
+
+
+@pytest.fixture
+def sides(world: World) -> Callable[..., Sides]:
+    def make(pair: tuple[Handshake, Handshake] | None = None, **both: Any) -> Sides:
+        one, other = pair or world.pair(**both)
+        run(one, other)
+        return Sides(Endpoint(one.session, Inbox()), Endpoint(other.session, Inbox()))
+
+    return make

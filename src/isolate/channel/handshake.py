@@ -128,6 +128,7 @@ class Terms:
     rank: int | None
     lineage: str | None
     least_sequence: int
+    fresh: bool
 
     def encode(self) -> bytes:
         return cbor.encode(asdict(self))
@@ -135,7 +136,7 @@ class Terms:
     @classmethod
     def parse(cls, data: bytes) -> Terms:
         """Raises MalformedError."""
-        shapes: dict[str, type] = {"salt": bytes, "job": str, "group": str, "least_sequence": int}
+        shapes: dict[str, type] = {"salt": bytes, "job": str, "group": str, "least_sequence": int, "fresh": bool}
         value = cbor.record(data, {**shapes, "rank": object, "lineage": object}, max_size=4096)
         if type(value["rank"]) not in (int, type(None)) or type(value["lineage"]) not in (str, type(None)):
             raise MalformedError("the terms of the handshake have another form")
@@ -250,7 +251,13 @@ class Handshake:
     def _start(self, _: bytes) -> bytes:
         expect = self._need_expect()
         self._terms = Terms(
-            self._salt, expect.job, expect.group, expect.rank, expect.lineage, expect.least_sequence
+            self._salt,
+            expect.job,
+            expect.group,
+            expect.rank,
+            expect.lineage,
+            expect.least_sequence,
+            expect.policy is not None,
         )
         self._suite = self._suites[0]
         head = bytes([VERSION, PROFILES[self._profile], self._suite, 0])
@@ -259,13 +266,12 @@ class Handshake:
         return frame(Event.FIRST, hello + self._noise.write_message())
 
     def _second(self, body: bytes) -> bytes:
-        if self._noise.read_message(body):
-            raise HandshakeRefused("the second message has no payload", code="malformed")
+        asked = cbor.record(self._noise.read_message(body), {"fresh": bool}, max_size=64)
         if self._noise.remote_static == self._static.public:
             raise HandshakeRefused("these are our own keys: the messages come back to us", code="reflected")
         third = frame(Event.THIRD, self._noise.write_message(self._terms.encode()))
         self._finish_noise()
-        self._shown_first = show(self._identity, self._statement("initiator", b""))
+        self._shown_first = show(self._identity, self._statement("initiator", b""), fresh=asked["fresh"])
         return third + frame(Event.SHOW, self._outgoing.encrypt(b"", self._shown_first))
 
     def _show_of_responder(self, body: bytes) -> bytes:
@@ -297,7 +303,8 @@ class Handshake:
         self._commitment = hello[8:]
         if self._noise.read_message(body[HELLO_SIZE:]):
             raise HandshakeRefused("the first message has no payload", code="malformed")
-        return frame(Event.SECOND, self._noise.write_message())
+        fresh = self._expect is not None and self._expect.policy is not None
+        return frame(Event.SECOND, self._noise.write_message(cbor.encode({"fresh": fresh})))
 
     def _third(self, body: bytes) -> bytes:
         terms = Terms.parse(self._noise.read_message(body))
@@ -309,6 +316,7 @@ class Handshake:
             expect = self._need_expect()
             if (terms.job, terms.group, terms.lineage) != (expect.job, expect.group, expect.lineage):
                 raise HandshakeRefused("the peer wants another job, group or policy", code="wrong_terms")
+        self._asked_fresh = terms.fresh
         self._finish_noise()
         return b""
 
@@ -322,7 +330,8 @@ class Handshake:
             static = self._noise.remote_static or b""
             peer = verify_attested(shown, statement, self._need_expect(), static)
         self._shown_first = shown
-        answer = show(self._identity, self._statement("responder", hashlib.sha256(shown).digest()))
+        before = hashlib.sha256(shown).digest()
+        answer = show(self._identity, self._statement("responder", before), fresh=self._asked_fresh)
         sealed = self._outgoing.encrypt(b"", answer)
         self._make_session(peer, answer)
         return frame(Event.SHOW, sealed) + self._fin()

@@ -18,13 +18,22 @@ from typing import Final
 from attrs import asdict, field, frozen
 
 from isolate.attestation import result as results
+from isolate.attestation.appraisal import appraise
 from isolate.attestation.evidence import KeyDigests
+from isolate.attestation.policy import Policy
 from isolate.attestation.result import AttestationResult
 from isolate.crypto import cbor, signing
 from isolate.crypto.exchange import CurveKey
 from isolate.crypto.secret import Secret
 from isolate.crypto.signing import Purpose, Signer, SigningKey, VerifyingKey
-from isolate.errors import EvidenceRefused, HandshakeRefused, MalformedError, ResultRefused, UsageError
+from isolate.errors import (
+    AppraisalRefused,
+    EvidenceRefused,
+    HandshakeRefused,
+    MalformedError,
+    ResultRefused,
+    UsageError,
+)
 
 MAX_TOKEN = 16 * 1024  # characters
 
@@ -46,13 +55,16 @@ class Attested:
 
     ``keys`` are the digests (or the public keys) by purpose; ``static`` is the X25519 private key whose public half
     is the key "channel" among them, ``sign`` the key "sign". ``token`` may be a function, for long-lived listeners:
-    it is asked at every handshake. Raises UsageError when the two private keys are not the attested ones.
+    it is asked at every handshake. ``evidence``, for peers whose policy asks for it, makes fresh evidence: from a
+    nonce (32 bytes) to an encoded Envelope whose runtime map has that nonce, these keys and the token's slot.
+    Raises UsageError when the two private keys are not the attested ones.
     """
 
     token: str | Callable[[], str]
     keys: KeyDigests = field(converter=_key_digests)
     static: Secret
     sign: SigningKey
+    evidence: Callable[[bytes], bytes] | None = None
     curve: CurveKey = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -83,7 +95,8 @@ class Expect:
 
     ``rank`` and ``instance`` (32 bytes) may be None: any in the job. ``issuer_key`` (Ed25519, 32 bytes) is the
     service's; ``clock`` answers unix seconds. ``lineage`` None takes any policy of that service. ``group`` names
-    the process group; both ends must agree on it.
+    the process group; both ends must agree on it. With a ``policy``, the peer must show fresh evidence too, made
+    for this session, and it is appraised here.
 
     While the session lives: it ends when the peer's token ran out more than ``max_stale`` seconds ago and no newer
     one was shown, and when ``recheck`` raises an error of ours, which is asked every ``recheck_every`` seconds
@@ -100,6 +113,7 @@ class Expect:
     group: str = field(default="", kw_only=True)
     INSECURE_accept_simulated: bool = field(default=False, kw_only=True)
     max_stale: float | None = field(default=3600.0, kw_only=True)
+    policy: Policy | None = field(default=None, kw_only=True)
     recheck: Callable[[AttestedPeer], None] | None = field(default=None, kw_only=True)
     recheck_every: float = field(default=30.0, kw_only=True)
 
@@ -149,13 +163,21 @@ class Statement:
     responder: bytes
     before: bytes  # SHA-256 of what the other side showed; empty for the initiator, who shows first
 
+    @property
+    def nonce(self) -> bytes:
+        """What fresh evidence for this session and this role must carry, 32 bytes."""
+        return hashlib.sha256(b"isolate/v1/channel/evidence\0" + cbor.encode(asdict(self))).digest()
+
     def encode(self, shown: bytes) -> bytes:
         """The bytes that are signed, with what is shown."""
         return cbor.encode({**asdict(self), "shown": hashlib.sha256(shown).digest()})
 
 
-def show(identity: Attested | Holder, statement: Statement) -> bytes:
-    """The body of A1 or A2: what is shown, and the signature that ties it to the session."""
+def show(identity: Attested | Holder, statement: Statement, *, fresh: bool = False) -> bytes:
+    """The body of A1 or A2: what is shown, and the signature that ties it to the session.
+
+    ``fresh``: the peer asks for fresh evidence. Raises HandshakeRefused when this end has none to show.
+    """
     if isinstance(identity, Holder):
         shown = cbor.encode({"holder": identity.key.verifying_key.ed25519})
         key, purpose = identity.key, Purpose.CHANNEL_HOLDER
@@ -164,7 +186,16 @@ def show(identity: Attested | Holder, statement: Statement) -> bytes:
         if len(token) > MAX_TOKEN:
             raise UsageError(f"a result token is at most {MAX_TOKEN} characters")
         sign = identity.sign.verifying_key.to_bytes()
-        shown = cbor.encode({"token": token, "keys": identity.keys.encode(), "sign": sign})
+        evidence = b""
+        if fresh:
+            if identity.evidence is None:
+                raise HandshakeRefused(
+                    "the peer asks for fresh evidence, and this end has none", code="no_evidence"
+                )
+            evidence = identity.evidence(statement.nonce)
+        shown = cbor.encode({"token": token, "keys": identity.keys.encode(), "sign": sign, "evidence": evidence})
+        if len(shown) > MAX_SHOWN:
+            raise UsageError(f"what is shown is at most {MAX_SHOWN} bytes, evidence included")
         key, purpose = identity.sign, Purpose.CHANNEL_PEER
     return cbor.encode({"shown": shown, "signature": key.sign(purpose, statement.encode(shown))})
 
@@ -181,7 +212,9 @@ def verify_holder(body: bytes, statement: Statement) -> HolderPeer:
     return HolderPeer(_MADE_HERE, holder)
 
 
-def verify_attested(body: bytes, statement: Statement, expect: Expect, static: bytes) -> AttestedPeer:
+def verify_attested(
+    body: bytes, statement: Statement, expect: Expect, static: bytes, *, fresh: bool = True
+) -> AttestedPeer:
     """Read an attested end's A1 or A2, in this order. Raises HandshakeRefused.
 
     1. The token is the issuer's, fresh, and not simulated unless that was opted into.
@@ -189,10 +222,12 @@ def verify_attested(body: bytes, statement: Statement, expect: Expect, static: b
        are among them.
     3. The signature covers this session, this role and what is shown.
     4. The slot, instance, lineage and sequence are the pinned ones.
+    5. Where ``expect`` has a policy: evidence made for this session satisfies it, and is about the same keys. (Not
+       for ``fresh=False``: a session that goes on renews its token only.)
     """
     try:
         signed = cbor.record(body, _SIGNED, max_size=MAX_SHOWN)
-        fields: dict[str, type] = {"token": str, "keys": bytes, "sign": bytes}
+        fields: dict[str, type] = {"token": str, "keys": bytes, "sign": bytes, "evidence": bytes}
         shown = cbor.record(signed["shown"], fields, max_size=MAX_SHOWN)
         result = _verified(shown["token"], expect)
         keys = KeyDigests.parse(shown["keys"])
@@ -206,7 +241,23 @@ def verify_attested(body: bytes, statement: Statement, expect: Expect, static: b
     if not key.verify(Purpose.CHANNEL_PEER, statement.encode(signed["shown"]), signed["signature"]):
         raise HandshakeRefused("the peer's signature is not over this session", code="signature_refused")
     check_pins(result, expect)
+    if fresh and expect.policy is not None:
+        _appraise(shown["evidence"], statement.nonce, result, expect, expect.policy)
     return AttestedPeer(_MADE_HERE, result, static, key)
+
+
+def _appraise(evidence: bytes, nonce: bytes, result: AttestationResult, expect: Expect, policy: Policy) -> None:
+    """Raise HandshakeRefused unless the evidence is fresh, about the token's keys, and admitted by the policy."""
+    if not evidence:
+        raise HandshakeRefused("the peer shows no fresh evidence", code="no_evidence")
+    appraisal = appraise(evidence, policy=policy, nonce=nonce, at=expect.clock(), slot=result.slot)
+    try:
+        appraisal.require()
+    except AppraisalRefused as error:
+        raise HandshakeRefused(f"the peer's evidence is refused: {error.message}", code=error.code) from None
+    envelope = appraisal.envelope
+    if envelope is None or envelope.runtime.keys_digest != result.keys_digest:
+        raise HandshakeRefused("the evidence is about other keys", code="key_not_attested")
 
 
 def _verified(token: str, expect: Expect) -> AttestationResult:

@@ -107,6 +107,7 @@ class Endpoint:
         self._view: memoryview | None = None
         self._whole: bytearray | None = None
         self._done = 0
+        self._waiting: bytearray | None = None
         self._over: str | None = None
         self._closed_by_peer: str | None = None
         self.forked = False
@@ -151,6 +152,7 @@ class Endpoint:
             if self._view is not None:
                 wipe(self._view)
                 self._view = None
+            self._waiting = None
             self.receiving.release()
 
     def after_fork(self) -> None:
@@ -228,6 +230,8 @@ class Endpoint:
             if self._closed_by_peer is not None:
                 why = f": {self._closed_by_peer}" if self._closed_by_peer else ""
                 raise ChannelClosed(f"the peer closed the channel{why}")
+            if self._waiting is not None:
+                return self._hand_over(target)
             if self._long is not None and self._view is None:
                 self._begin_long(self._long, target)
             have = inbox.end - inbox.start
@@ -236,16 +240,16 @@ class Endpoint:
             kind, size = opener.parse(inbox.pin.raw, inbox.start)
             total = size + opener.overhead
             if kind is Kind.DATA and self._view is None:
-                if target is not None and size > len(target):
-                    raise UsageError(f"the message has {size} bytes, the buffer {len(target)}")
                 if have < total:
                     return total
-                if target is None:
-                    self.message = bytearray(size)
-                    self._open(kind, memoryview(self.message))
-                else:
-                    self.message = size
-                    self._open(kind, target if len(target) == size else target[:size])
+                if target is None or size > len(target):
+                    # Also when it is too long for the buffer: only what is authentic may blame the caller.
+                    self._waiting = bytearray(size)
+                    self._open(kind, memoryview(self._waiting))
+                    inbox.drop(total)
+                    return self._hand_over(target)
+                self.message = size
+                self._open(kind, target if len(target) == size else target[:size])
                 inbox.drop(total)
                 return 0
             self._check_place(kind, size)
@@ -262,6 +266,19 @@ class Endpoint:
                 self.message = self._done if self._whole is None else self._whole
                 self._long = self._view = self._whole = None
                 return 0
+
+    def _hand_over(self, target: memoryview | None) -> int:
+        """Give out the message that was opened already."""
+        waiting = self._waiting or bytearray()
+        if target is None:
+            self.message = waiting
+        elif len(waiting) > len(target):
+            raise UsageError(f"the message has {len(waiting)} bytes, the buffer {len(target)}")
+        else:
+            self.message = len(waiting)
+            target[: len(waiting)] = waiting
+        self._waiting = None
+        return 0
 
     def _open(self, kind: Kind, out: memoryview) -> None:
         if self._over is not None:

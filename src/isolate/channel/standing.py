@@ -96,7 +96,7 @@ class Standing:
         if not isinstance(old, AttestedPeer) or expect is None:
             raise HandshakeRefused("this peer is not attested, and shows an attestation", code="out_of_order")
         statement = self._numbered(_OTHER[self._statement.role], number)
-        new = verify_attested(body, statement, expect, old.static)
+        new = verify_attested(body, statement, expect, old.static, fresh=False)
         if new.result.instance != old.result.instance:
             raise HandshakeRefused("another instance speaks for the peer", code="wrong_instance")
         self.peer = new

@@ -22,6 +22,7 @@ from isolate.channel import Channel, Handshake
 from isolate.channel.streams import SocketWire
 from isolate.cli.bench import Figures, paired
 from isolate.cli.bench.lines import attested_pair, opened
+from isolate.errors import ChannelError
 
 MIB = 1 << 20
 ROUNDS = 15
@@ -64,12 +65,13 @@ def peak_traced(sizes: list[int]) -> int:
     one, other = made
     source, target = bytearray(max(sizes)), bytearray(max(sizes))
     most = 0
-    stop = threading.Event()
-    receiver = threading.Thread(target=_receive_until, args=(other, target, stop))
+    got = threading.Semaphore(0)
+    receiver = threading.Thread(target=_receive, args=(other, target, got))
     receiver.start()
     for size in sizes:
         view = memoryview(source)[:size]
         one.send(view)
+        got.acquire()
         gc.collect()
         tracemalloc.start()
         try:
@@ -77,6 +79,7 @@ def peak_traced(sizes: list[int]) -> int:
                 before = tracemalloc.get_traced_memory()[0]
                 tracemalloc.reset_peak()
                 one.send(view)
+                got.acquire()
                 most = max(most, tracemalloc.get_traced_memory()[1] - before)
         finally:
             tracemalloc.stop()
@@ -85,12 +88,11 @@ def peak_traced(sizes: list[int]) -> int:
     return most
 
 
-def _receive_until(channel: Channel, target: bytearray, stop: threading.Event) -> None:
-    from isolate.errors import ChannelError
-
+def _receive(channel: Channel, target: bytearray, got: threading.Semaphore) -> None:
     try:
-        while not stop.is_set():
+        while True:
             channel.recv_into(target)
+            got.release()
     except ChannelError:
         channel.close()
 
