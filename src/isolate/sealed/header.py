@@ -34,6 +34,7 @@ from isolate.sealed.layout import (
     VERSION,
     Params,
     decode,
+    is_zero,
     need,
     record,
 )
@@ -178,7 +179,7 @@ def _cut(area: bytes) -> bytes:
     if magic != MAGIC:
         raise NotSealed("this is no sealed file")
     end = _PREFIX.size + length + _TAIL
-    if end > SLOT_SIZE or any(area[end:]):
+    if end > SLOT_SIZE or not is_zero(area[end:]):
         raise MalformedError("header: a slot is longer than its area, or its padding is not zero")
     return area[:end]
 
@@ -198,13 +199,13 @@ def live_slot(header: bytes) -> Slot:
         raise NotSealed("this is no sealed file")
     word = header[JOURNAL_OFFSET : JOURNAL_OFFSET + len(JOURNAL)]
     gap = header[SLOT_OFFSETS[1] + SLOT_SIZE : JOURNAL_OFFSET] + header[JOURNAL_OFFSET + len(JOURNAL) : HEADER_SIZE]
-    if not any(word):
+    if is_zero(word):
         slot = Slot.parse(_cut(first))
-        if first != second or any(gap):
+        if first != second or not is_zero(gap):
             raise Tampered("header: the two slots differ, or its padding is not zero")
         return slot
     # Each byte of the word may be written or not: a kill can fall between any two of them.
-    if any(byte not in (0, known) for byte, known in zip(word, JOURNAL, strict=True)) or any(gap):
+    if any(byte not in (0, known) for byte, known in zip(word, JOURNAL, strict=True)) or not is_zero(gap):
         raise Tampered("header: its padding is not zero")
     readable: list[Slot] = []
     refusal: SealedError | MalformedError | None = None

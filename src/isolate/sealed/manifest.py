@@ -22,7 +22,7 @@ from attrs import frozen
 
 from isolate.crypto import cbor
 from isolate.errors import MalformedError, UsageError
-from isolate.sealed.layout import MAX_DATA, MAX_SECTION, align
+from isolate.sealed.layout import MAX_DATA, MAX_SECTION, align, is_zero
 
 # safetensors' names, and the bits of one element.
 DTYPE_BITS: Mapping[str, int] = {
@@ -103,7 +103,7 @@ class Manifest:
         if len(section) < _LENGTH.size:
             raise MalformedError(f"{stage}: it is too short")
         length = _LENGTH.unpack_from(section)[0]
-        if align(_LENGTH.size + length) != len(section) or any(section[_LENGTH.size + length :]):
+        if align(_LENGTH.size + length) != len(section) or not is_zero(section[_LENGTH.size + length :]):
             raise MalformedError(f"{stage}: its length is wrong, or its padding is not zero")
         try:
             body = cbor.record(
