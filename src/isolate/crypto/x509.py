@@ -22,6 +22,7 @@ import hashlib
 import threading
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Self
 
 from cryptography import x509
@@ -91,8 +92,12 @@ def subject(certificate: Certificate) -> str:
     return "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in text)
 
 
+@lru_cache(maxsize=256)
 def issued_by(certificate: Certificate, issuer: Certificate) -> bool:
-    """Whether ``issuer`` is named as the issuer and its key signed this certificate."""
+    """Whether ``issuer`` is named as the issuer and its key signed this certificate.
+
+    Remembered by the bytes of both: a signature is good or bad for ever, and intermediates come again and again.
+    """
     key = issuer.public_key()
     if not isinstance(certificate.signature_hash_algorithm, hashes.SHA256 | hashes.SHA384 | hashes.SHA512):
         return False
