@@ -47,6 +47,10 @@ KEEPERS = {
     "jwt": {"attestation"},
     "torch": {"torch", "cli", "sealed"},  # sealed/ gives tensors to a caller who asks for framework="pt"
     "safetensors": {"sealed", "cli"},
+    "obstore": {"sealed"},  # these three are extras, loaded when a URL or a key wrapper is used
+    "pkcs11": {"sealed"},
+    "boto3": {"sealed"},
+    "botocore": {"sealed"},
 }
 
 # An enclave process may load these top-level packages of others, and no more: the trusted base.

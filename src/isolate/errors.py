@@ -12,11 +12,13 @@
     │   │   ├── NoRecipient         no stanza opens with this identity
     │   │   ├── UnauthenticatedOrigin   nothing says who sealed it, or the wrong one did
     │   │   └── RolledBack          older than the epoch, or another digest than expected
+    │   ├── KeyServiceRefused       a KMS or HSM does not allow it: credentials, PIN, or the key's own policy
     │   ├── EvidenceRefused         evidence that is not authentic
     │   ├── PolicyRefused           a policy that is malformed, another's, or older than one seen before
     │   ├── AppraisalRefused        authentic evidence that the policy does not admit
     │   ├── ResultRefused           a result token that is forged, stale or for somebody else
     │   ├── ReleaseRefused          a key release that the service or the enclave does not accept
+    │   ├── CertificateRefused      a workload's certificate, or the roots for it, that is not to be trusted
     │   ├── CapabilityRefused       a token, invocation or operation outside its limits
     │   │   ├── ScopeExceeded       the operation is not in the effective scope
     │   │   ├── HolderRefused       no proof by the holder of the token's last key
@@ -32,6 +34,7 @@
     │   └── ChannelTimeout          nothing in time
     └── UnavailableError            this machine, its disk or a service cannot do it now
         ├── ServiceUnavailable      the attestation service does not answer
+        ├── KeyServiceUnavailable   a KMS or HSM does not answer in time, or cannot
         ├── StorageError            reading or writing failed; nothing half-written is left
         ├── ControlMissing          a protection that the policy asks for is not to be had here
         └── MissingExtra            an optional dependency is not installed
@@ -129,6 +132,10 @@ class RolledBack(SealedError):
     default_code = "rolled_back"
 
 
+class KeyServiceRefused(RefusedError):
+    default_code = "key_service_refused"
+
+
 class EvidenceRefused(RefusedError):
     default_code = "evidence_refused"
 
@@ -147,6 +154,10 @@ class ResultRefused(RefusedError):
 
 class ReleaseRefused(RefusedError):
     default_code = "release_refused"
+
+
+class CertificateRefused(RefusedError):
+    default_code = "certificate_refused"
 
 
 class CapabilityRefused(RefusedError):
@@ -208,6 +219,10 @@ class UnavailableError(IsolateError):
 class ServiceUnavailable(UnavailableError):
     default_code = "service_unavailable"
     default_hint = "is the attestation service running, and is this its address?"
+
+
+class KeyServiceUnavailable(UnavailableError):
+    default_code = "key_service_unavailable"
 
 
 class StorageError(UnavailableError):

@@ -57,7 +57,7 @@ from isolate.sealed.keys import nonce, part_cipher
 from isolate.sealed.layout import DIRECTORY_ID, HASH_SIZE, HEADER_SIZE, TRAILER_SIZE, Params
 from isolate.sealed.manifest import Entry, Manifest
 from isolate.sealed.recipients import AnyIdentity, unlock
-from isolate.sealed.stores import PathLike, Source, default_threads, open_source, read_exactly
+from isolate.sealed.stores import PathLike, PlannedSource, Source, default_threads, open_source, read_exactly
 
 # A read of fewer chunks than this stays in the caller's thread.
 _PARALLEL_FROM = 4
@@ -280,6 +280,10 @@ class SealedReader:
 
     def _fill(self, compartment: _Compartment, pieces: Sequence[Piece]) -> None:
         jobs = list(_by_chunk(pieces, self._params.chunk_size).items())
+        if isinstance(self._source, PlannedSource):
+            size, extent = self._params.chunk_size, compartment.extent
+            ranges = [(i * size, min(size, extent.row.length - i * size)) for i, _ in jobs]
+            self._source.plan((extent.data + start, length) for start, length in ranges)
         if len(jobs) < _PARALLEL_FROM or self._threads == 1:
             self._work(compartment, jobs, lambda: False)
             return

@@ -26,9 +26,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from isolate.errors import StorageError, UsageError
-from isolate.sealed.header import Slot, live_slot
+from isolate.sealed.directory import PublicFacts
+from isolate.sealed.header import Slot, encode_header, live_slot
 from isolate.sealed.keys import header_mac
 from isolate.sealed.layout import HEADER_SIZE, JOURNAL, JOURNAL_OFFSET, SLOT_OFFSETS, SLOT_SIZE
+from isolate.sealed.objects import is_url, object_source
 from isolate.sealed.reader import read_facts
 from isolate.sealed.recipients import AnyIdentity, AnyRecipient, file_key, wrap
 from isolate.sealed.stores import FileSource, PathLike, read_exactly, storage_error
@@ -55,16 +57,15 @@ def rewrap(path: PathLike, *, identity: AnyIdentity, recipients: Sequence[AnyRec
     """
     if not recipients:
         raise UsageError("a file needs a recipient, or nobody could open it")
+    if isinstance(path, str) and is_url(path):
+        _beside(path, identity, recipients)
+        return
     with _locked(Path(path)) as descriptor:
         # Through the descriptor: what is read, locked and written is one file, whatever the name means by then.
         with FileSource(f"/proc/self/fd/{descriptor}") as source:
             facts = read_facts(source)
             header = read_exactly(source, 0, HEADER_SIZE, "header")
-        params, commitment = facts.slot.params, facts.slot.commitment
-        with file_key(facts, identity) as key:
-            stanzas = wrap(key, recipients, params, commitment)
-            authenticated = Slot.unauthenticated(facts.slot.generation + 1, params, commitment, stanzas)
-            slot = Slot.finish(authenticated, header_mac(key, params, authenticated))
+        slot = _next_slot(facts, identity, recipients)
         try:
             for offset, data in plan(header, slot):
                 done = 0
@@ -73,6 +74,24 @@ def rewrap(path: PathLike, *, identity: AnyIdentity, recipients: Sequence[AnyRec
                 os.fsync(descriptor)
         except OSError as error:
             raise storage_error(f"cannot write {path}", error) from None
+
+
+def _next_slot(facts: PublicFacts, identity: AnyIdentity, recipients: Sequence[AnyRecipient]) -> bytes:
+    params, commitment = facts.slot.params, facts.slot.commitment
+    with file_key(facts, identity) as key:
+        stanzas = wrap(key, recipients, params, commitment)
+        authenticated = Slot.unauthenticated(facts.slot.generation + 1, params, commitment, stanzas)
+        return Slot.finish(authenticated, header_mac(key, params, authenticated))
+
+
+def _beside(url: str, identity: AnyIdentity, recipients: Sequence[AnyRecipient]) -> None:
+    """An object cannot be changed in place: the new header area becomes an object beside it, written at once."""
+    source = object_source(url)
+    try:
+        facts = read_facts(source)
+        source.replace_header(facts.slot.commitment, encode_header(_next_slot(facts, identity, recipients)))
+    finally:
+        source.close()
 
 
 @contextmanager

@@ -15,12 +15,14 @@ import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 from isolate.errors import StorageError, Truncated
+from isolate.sealed import objects
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -63,6 +65,15 @@ class Sink(Protocol):
 
     def abort(self) -> None:
         """Forget it; calling this after ``commit`` changes nothing."""
+        ...
+
+
+@runtime_checkable
+class PlannedSource(Protocol):
+    """A source that does better when it knows what will be read soon."""
+
+    def plan(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """(offset, length) of each read to come, as they will be made."""
         ...
 
 
@@ -242,12 +253,16 @@ class FileSink:
 
 
 def open_source(source: PathLike | Source) -> Source:
-    """A path as a source; a source as it is."""
+    """A path or a URL as a source; a source as it is."""
+    if isinstance(source, str) and objects.is_url(source):
+        return objects.object_source(source)
     return FileSource(source) if isinstance(source, str | os.PathLike) else source
 
 
 def open_sink(target: PathLike | Sink, *, mode: int = 0o666) -> Sink:
-    """A path as a sink; a sink as it is."""
+    """A path or a URL as a sink; a sink as it is."""
+    if isinstance(target, str) and objects.is_url(target):
+        return objects.object_sink(target)
     return FileSink(target, mode=mode) if isinstance(target, str | os.PathLike) else target
 
 
