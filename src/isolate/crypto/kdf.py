@@ -42,6 +42,7 @@ class Label(StrEnum):
     CHANNEL_EXPORTER = "isolate/v1/channel/exporter"
     CHANNEL_APPLICATION = "isolate/v1/channel/application"
     CHANNEL_REKEY = "isolate/v1/channel/rekey"
+    AUTHORITY_ROOT = "isolate/v1/authority/root"
 
 
 S = TypeVar("S", bound=Secret)

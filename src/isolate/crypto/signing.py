@@ -59,6 +59,7 @@ class Purpose(StrEnum):
     OWNER_REQUEST = "service/owner-request"
     ANSWER = "service/answer"
     HOLDER_REQUEST = "service/holder-request"
+    TRUST_BUNDLE = "service/trust-bundle"
     CHECKPOINT = "transparency/checkpoint"
     CHANNEL_PEER = "channel/peer"
     CHANNEL_HOLDER = "channel/holder"

@@ -52,6 +52,7 @@ from isolate.messages.attest import (
     ServiceCertificate,
 )
 from isolate.messages.base import M, Message, Signed
+from isolate.messages.certificate import Issued, IssueRequest
 from isolate.messages.http import ask, post
 from isolate.messages.invoke import ChargeRequest, Receipt
 
@@ -262,6 +263,11 @@ class Workload:
         receipt, standing = self._ask("charge", request, Receipt)
         receipt.verify(standing.certificate, number)
         return receipt
+
+    def certify(self, request: IssueRequest) -> tuple[Issued, ServiceCertificate]:
+        """An X.509 certificate for a key of ours, not yet verified: isolate.enclave.certificates does that."""
+        issued, standing = self._ask("certify", request, Issued)
+        return issued, standing.certificate
 
     def attested(self) -> channel.Attested:
         """What this enclave shows at the beginning of a channel."""

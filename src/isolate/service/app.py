@@ -26,10 +26,12 @@ from isolate.crypto.signing import Purpose
 from isolate.errors import IsolateError, MalformedError, RefusedError, UnavailableError, UsageError
 from isolate.messages.attest import AttestRequest, CertificateRequest, ChallengeRequest, RegisterRequest
 from isolate.messages.base import MAX_MESSAGE, Answer, M, Message, Refusal, Signed
+from isolate.messages.certificate import BundleRequest
 from isolate.messages.http import parse_address
 from isolate.messages.invoke import BudgetRequest
 from isolate.messages.owner import AssetRequest, AssetRule, EvidenceRequest, LogRequest, PolicyUpdate, Revoke
 from isolate.service.appraiser import Appraiser
+from isolate.service.authority import Authority
 from isolate.service.broker import Broker
 from isolate.service.budgets import Budgets
 from isolate.service.log import Log
@@ -51,12 +53,14 @@ class Service:
         self.appraiser = Appraiser(state, self.log)
         self.broker = Broker(state, self.log, self.appraiser)
         self.budgets = Budgets(state, self.log, self.broker)
+        self.authority = Authority(state, self.log, self.appraiser, self.broker)
         # Anyone may ask these; what is worth protecting in an answer is signed, or sealed to whom it is for.
         self._open: dict[str, Callable[[bytes], Message]] = {
             "certificate": self._certificate,
             "challenge": lambda body: self.appraiser.challenge(ChallengeRequest.parse(body)),
             "attest": lambda body: self.appraiser.attest(AttestRequest.parse(body)),
             "log": lambda body: self.log.answer(LogRequest.parse(body)),
+            "bundle": lambda body: self.authority.bundle(BundleRequest.parse(body)),
         }
         # Requests signed by an enclave, a holder or the owner; the answer is signed too.
         self._signed: dict[str, Callable[[Signed], Message]] = {
@@ -64,6 +68,7 @@ class Service:
             "register": self.broker.register_for,
             "charge": self.budgets.charge,
             "budget": self._budget,
+            "certify": self.authority.certify,
             "owner/policy": self._owner(PolicyUpdate, self.appraiser.set_policy),
             "owner/rule": self._owner(AssetRule, self.broker.set_rule),
             "owner/register": self._owner(RegisterRequest, self._register),
@@ -118,7 +123,8 @@ class Service:
             answer = self._answer(route, body)
         except IsolateError as error:
             log.info("request.refused", route=shown, code=error.code, request_id=request_id)
-            return _status(error), Refusal(error.code, error.message[:MAX_LINE], error.hint[:MAX_LINE], request_id)
+            said = (error.message[:MAX_LINE], error.hint[:MAX_LINE])
+            return _status(error), Refusal(error.code, *said, request_id, error.default_code)
         except Exception as error:  # noqa: BLE001 (the boundary: a type's name is all that is kept)
             log.error("request.failed", route=shown, kind=type(error).__name__, request_id=request_id)
             return 500, Refusal("internal", "the service failed", "ask its owner about this request", request_id)
