@@ -64,12 +64,7 @@ CONTROLS = {
     "nonce used once": Control(
         "replayed_evidence_refused",
         "service/appraiser.py",
-        (
-            (
-                "if slot.generation <= generation:",
-                "if False:",
-            ),
-        ),
+        (("        if slot.generation <= generation:\n", "        if False:\n"),),
     ),
     "simulated evidence": Control(
         "simulated_refused_in_production",
@@ -81,8 +76,8 @@ CONTROLS = {
         "channel/record.py",
         (
             (
-                "not self._lane.open(sequence, pin, at, HEADER_SIZE, size, plaintext):",
-                "self._lane.open(sequence, pin, at, HEADER_SIZE, size, plaintext) is None:",
+                "if not self._lane.open(sequence, pin, at, plaintext):",
+                "if self._lane.open(sequence, pin, at, plaintext) is None:",
             ),
         ),
     ),
@@ -133,8 +128,13 @@ CONTROLS = {
     ),
     "recorder": Control(
         "all_traffic_recorded",
-        "cli/demo/world.py",
-        (('"ISOLATE_SERVICE": self.address("service"),', '"ISOLATE_SERVICE": self.behind("service"),'),),
+        "cli/demo/story.py",
+        (
+            (
+                'Owner(world.key, service=world.address("service")',
+                'Owner(world.key, service=world.behind("service")',
+            ),
+        ),
     ),
     "sealing of results": Control(
         "operator_saw_nothing",

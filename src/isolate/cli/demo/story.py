@@ -17,7 +17,7 @@ import numpy as np
 from attrs import evolve
 
 from isolate import sealed
-from isolate.attestation.appraisal import Mode, appraise
+from isolate.attestation.appraisal import appraise
 from isolate.attestation.evidence import Envelope
 from isolate.attestation.policy import Policy, Reference
 from isolate.cli.demo import attacks
@@ -230,14 +230,7 @@ class Story:
             "the recorded evidence, sent again",
         )
         runtime, production = envelope.runtime, evolve(self.policy, INSECURE_accept_simulated=False)
-        record = appraise(
-            envelope,
-            policy=production,
-            nonce=runtime.nonce,
-            slot=runtime.slot,
-            at=int(time.time()),
-            mode=Mode.REPLAY,
-        )
+        record = appraise(envelope, policy=production, nonce=runtime.nonce, slot=runtime.slot, at=int(time.time()))
         why = [check.name for check in record.checks if not check.passed]
         self.expect(
             "simulated_refused_in_production",
