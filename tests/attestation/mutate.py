@@ -44,10 +44,9 @@ def _number(call: ast.expr, names: tuple[str, ...], position: int) -> int | None
 
 def mutants(source: str) -> Iterator[tuple[str, str]]:
     """(name, changed source) for every numbered check in ``source``."""
-    count = len(list(_places(ast.parse(source))))
-    for index in range(count):
+    for index, (number, _, at) in enumerate(_places(ast.parse(source))):
         tree = ast.parse(source)
-        number, body, at = list(_places(tree))[index]
+        _, body, _ = list(_places(tree))[index]
         line = body[max(at, 0)].lineno
         if at == WHOLE:
             body[:] = ast.parse('return True, "removed", "removed"').body

@@ -351,7 +351,7 @@ def test_manifests_ship_new_code_without_a_new_policy(world: Any) -> None:
         manifest.sign(stranger),
         evolve(manifest, version=1).sign(key),
         evolve(manifest, product="other").sign(key),
-        manifest.sign(key)[:-1] + b"\0",
+        manifest.sign(key)[:-1] + bytes([manifest.sign(key)[-1] ^ 1]),
     ):
         assert failed(world.appraise(policy=policy, manifests=[other])) == [16]
     old = evolve(manifest, not_after=NOW).sign(key)

@@ -40,7 +40,7 @@ def test_every_number_of_every_list_is_taken_out() -> None:
 
 
 def test_a_removed_check_is_noticed() -> None:
-    done = run("nitro.py: check 6")
+    done = run("result.py: check 6")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 checks removed in turn, 0 not noticed" in done.stdout
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -11,6 +13,7 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isolate.attestation.appraisal import CHECKS
 from isolate.attestation.manifest import Manifest
 from isolate.attestation.policy import Policy, Reference, Rules, SignedPolicy, TrustedSigner
 from isolate.crypto import cbor
@@ -74,6 +77,29 @@ def test_every_field_is_part_of_the_id() -> None:
     rules = FULL.rules["sev-snp"]
     for name, value in changes.items():
         assert FULL.evolve(rules={**FULL.rules, "sev-snp": evolve(rules, **{name: value})}).id != FULL.id
+
+
+def test_the_example_of_the_specification_is_a_policy() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "spec" / "evidence.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    policy = Policy.from_toml(example)
+    assert [one.name for one in policy.references] == ["trainer 1.4", "trainer 1.5"]
+    assert (
+        policy.rules_for("sev-snp").least_tcb["Genoa"]["guest_svn"] == 2 and not policy.rules_for("tdx").allow_debug
+    )
+
+
+def test_the_specification_has_every_field_and_every_check() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "spec" / "evidence.md").read_text(encoding="utf-8")
+    for one in (
+        *attrs.fields(Policy),
+        *attrs.fields(Rules),
+        *attrs.fields(Reference),
+        *attrs.fields(TrustedSigner),
+    ):
+        assert one.name in text, one.name
+    for number, name, _ in CHECKS:
+        assert f"\n{number}. {name}: " in text, name
 
 
 def test_dates_may_be_written_as_such() -> None:
