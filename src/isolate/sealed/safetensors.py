@@ -268,9 +268,9 @@ def unseal_file(
                     part = batch[: min(_BATCH, place.entry.size - start)]
                     reader.fill({place.compartment: [Piece(place.start + start, part)]})
                     sink.write(part)
-                done += place.entry.size
-                if progress is not None:
-                    progress(done)
+                    done += len(part)
+                    if progress is not None:
+                        progress(done)
             wipe(batch)
             sink.commit()
         except BaseException:

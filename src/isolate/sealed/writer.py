@@ -188,6 +188,8 @@ class SealedWriter:
                 self._filled += part
                 done += part
                 self._flush_if_full()
+                if self._progress is not None:
+                    self._progress(self._sealed + done)
             self._end(size)
 
     def close(self) -> bytes:
