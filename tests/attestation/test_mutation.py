@@ -39,12 +39,6 @@ def test_every_number_of_every_list_is_taken_out() -> None:
         assert listed == list(numbers), file
 
 
-def test_a_removed_check_is_noticed() -> None:
-    done = run("result.py: check 6")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 checks removed in turn, 0 not noticed" in done.stdout
-
-
 @pytest.mark.slow
 def test_every_removed_check_is_noticed() -> None:
     done = run()
