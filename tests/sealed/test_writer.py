@@ -154,6 +154,8 @@ def test_compartments_by_glob(model: dict[str, Any], tmp_path: Path, owner: Sign
         ({"previous": b"short"}, "previous"),
         ({"model_id": "m" * 257}, "model id"),
         ({"metadata": {"a": 1}}, "text"),
+        ({"metadata": {"a": "\ud800"}}, "surrogate"),
+        ({"model_id": "\ud800"}, "surrogate"),
         ({"chunk_size": 1000}, "power of two"),
     ],
 )

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from attrs import define, field
 
+from isolate.crypto import cbor
 from isolate.crypto.aead import Cipher, Suite, preferred_suite
 from isolate.crypto.digest import bulk_digest
 from isolate.crypto.kdf import Label
@@ -398,7 +399,10 @@ def _check_facts(
     pairs = (metadata or {}).items()
     if not all(isinstance(key, str) and isinstance(value, str) for key, value in pairs):
         raise UsageError("metadata= maps text to text")
-    if len(model_id.encode(errors="replace")) > MAX_MODEL_ID:
+    # What does not fit, or is no text in UTF-8, is refused now and not after hours of sealing.
+    Manifest((), metadata or {}).encode()
+    cbor.encode(model_id)
+    if len(model_id.encode()) > MAX_MODEL_ID:
         raise UsageError(f"a model id is at most {MAX_MODEL_ID} bytes")
     if type(epoch) is not int or not 0 <= epoch < MAX_NUMBER:
         raise UsageError("an epoch is a number from 0 to 2^63 - 1")
