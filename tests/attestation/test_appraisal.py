@@ -266,6 +266,13 @@ def test_16_only_the_registers_of_a_reference_are_compared(world: Any) -> None:
     ).accepted
 
 
+@pytest.mark.threat("ATT-9")
+def test_16_no_rule_admits_unmeasured_code(world: Any) -> None:
+    """any_measurement is for devices: the CPU's evidence is compared whatever the rules say."""
+    rules = {"simulated": Rules(any_measurement=True)}
+    assert failed(world.appraise(policy=world.policy.evolve(references=(), rules=rules))) == [16]
+
+
 def test_17_validity_lets_two_versions_overlap(world: Any) -> None:
     old = Reference("v1", "simulated", REGISTERS, not_after=NOW + 10)
     new = Reference("v2", "simulated", {**REGISTERS, "PCR2": b"\7" * 48}, not_before=NOW - 10)
