@@ -167,8 +167,8 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 class Proxy:
     """Stands before a server and, for requests that ``chosen`` picks, breaks the answer.
 
-    ``fault``: None, "503", "cut" (half of the body, then the end), "slow" (nothing for ``delay`` seconds), "range"
-    (another range, honestly named), "lie" (other bytes under the right name), or the bytes of an answer.
+    ``fault``: None, "503", "cut" (half of the answer, then the end), "slow" (nothing for ``delay`` seconds),
+    "range" (an answer that names another range), "lie" (the same bytes in another order), or the bytes of an answer.
     ``times``: how often, None always.
     """
 
@@ -245,15 +245,6 @@ class _Handler(socketserver.StreamRequestHandler):
                 continue
             if fault == "slow":
                 time.sleep(proxy.delay)
-            # The range is not signed, so a store (or who stands before it) can answer another one.
-            if fault in ("range", "lie"):
-                asked = re.search(rb"(?im)^range: bytes=(\d+)-(\d+)", head)
-                if asked:
-                    start, end = int(asked[1]), int(asked[2])
-                    moved = b"range: bytes=%d-%d" % (max(0, start - 4096), max(0, start - 4096) + end - start)
-                    if start == 0:
-                        moved = b"range: bytes=%d-%d" % (4096, 4096 + end)
-                    head = head.replace(asked[0], moved)
             with socket.create_connection(("127.0.0.1", proxy.server.port), timeout=30) as upstream:
                 upstream.sendall(
                     re.sub(rb"(?im)^connection:.*\r\n", b"", head)[:-2] + b"connection: close\r\n\r\n" + body
@@ -261,11 +252,13 @@ class _Handler(socketserver.StreamRequestHandler):
                 with upstream.makefile("rb") as answer:
                     answer_head, answer_body = _message_of(answer, head)
             answer_head = re.sub(rb"(?im)^connection:.*\r\n", b"", answer_head)
-            if fault == "lie" and asked:
-                named = b"content-range: bytes %s-%s/" % (asked[1], asked[2])
-                answer_head = re.sub(rb"(?im)^content-range: bytes \d+-\d+/", named, answer_head)
+            if fault == "range":
+                answer_head = re.sub(rb"(?im)^content-range: bytes (\d+)-(\d+)/", _shifted, answer_head)
+            if fault == "lie":
+                answer_body = answer_body[4096:] + answer_body[:4096]
             if fault == "cut":
-                self.wfile.write(answer_head + answer_body[: len(answer_body) // 2])
+                whole = answer_head + answer_body
+                self.wfile.write(whole[: len(whole) // 2])
                 self.wfile.flush()
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
@@ -273,6 +266,10 @@ class _Handler(socketserver.StreamRequestHandler):
                 self.wfile.write(answer_head + answer_body)
             except OSError:
                 return
+
+
+def _shifted(match: re.Match[bytes]) -> bytes:
+    return b"content-range: bytes %d-%d/" % (int(match[1]) + 4096, int(match[2]) + 4096)
 
 
 def _message_of(stream: Any, request: bytes) -> tuple[bytes, bytes]:

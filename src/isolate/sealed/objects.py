@@ -37,7 +37,9 @@ from isolate.sealed.layout import HEADER_SIZE
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_URL = re.compile(r"(?P<scheme>s3|gs|az|memory)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]*)/*(?P<path>.*)", re.DOTALL)
+_URL = re.compile(
+    r"(?P<scheme>s3|gs|az|memory)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]*)(?:/(?P<path>.*))?", re.DOTALL
+)
 
 TIMEOUT = 60.0  # seconds for one request
 RETRIES = 4
@@ -72,7 +74,7 @@ class Address:
         found = _URL.fullmatch(url)
         if found is None:
             raise UsageError("a URL of a store is s3://, gs://, az:// or memory://, a bucket and a path")
-        path = found["path"].rstrip("/") if folder else found["path"]
+        path = (found["path"] or "").rstrip("/") if folder else (found["path"] or "")
         parts = path.split("/") if path else []
         # A store would read %, ? and # in its own way, and dots as names.
         if any(part in ("", ".", "..") for part in parts) or re.search(r"[%?#\\\x00-\x1f]", path):
