@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,10 @@ def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         captured = capsys.readouterr()
         assert stop.value.code == 1 and captured.out == "" and len(captured.err.splitlines()) == 1
         assert captured.err.startswith("isolate: ")
+
+
+def test_the_vectors_are_those_of_their_provenance() -> None:
+    rows = [line.split(" | ") for line in (VECTORS / "README.md").read_text(encoding="utf-8").splitlines()]
+    listed = {row[0]: (int(row[4]), row[5]) for row in rows if len(row) == 7 and row[4].isdecimal()}
+    found = {str(file.relative_to(VECTORS)): file.read_bytes() for file in VECTORS.glob("*/*")}
+    assert {name: (len(data), hashlib.sha256(data).hexdigest()[:16]) for name, data in found.items()} == listed
