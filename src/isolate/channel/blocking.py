@@ -11,9 +11,8 @@ receiving. Whatever goes wrong with a record ends the channel for good, on both 
 from __future__ import annotations
 
 import contextlib
-import sys
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 from isolate.channel.handshake import Session
 from isolate.channel.peers import AttestedPeer, HolderPeer
@@ -102,14 +101,11 @@ class Channel:
         try:
             if self._wire.send(record):
                 return
-        except ChannelTimeout:
+        except BaseException:
             # Part of a record may be out: nothing can follow it.
-            self._fail("sending timed out")
+            self._fail("a record could not be sent whole")
             raise
-        if self._end.over:
-            raise ChannelClosed("this channel was closed while it sent")
-        self._drop()
-        raise self._end.truncated()
+        self._gone()
 
     def recv(self) -> bytearray:
         """The next message, whole."""
@@ -125,57 +121,54 @@ class Channel:
         return count  # type: ignore[no-any-return]
 
     def _receive(self, target: memoryview | None) -> int | bytearray:
-        end = self._end
+        end, wire = self._end, self._wire
         end.check_open()
         try:
             with end.receiving:
-                return self._receive_alone(target)
+                standing = end.standing
+                if standing.renews:
+                    self._show_again()
+                try:
+                    while need := end.pull(target):
+                        if not wire.fill(need):
+                            self._gone()
+                except BaseException as error:
+                    self._failed(error)
+                    raise
+                message = end.message
+                if standing.clock() < standing.due:
+                    return message
+                try:
+                    self._look(sending=False)
+                except HandshakeRefused:
+                    wipe(target if isinstance(message, int) else message)  # type: ignore[arg-type]
+                    raise
+                return message
         finally:
             if end.over:
                 end.tidy()
 
-    def _receive_alone(self, target: memoryview | None) -> int | bytearray:
-        end, wire = self._end, self._wire
-        end.check_open()
-        if end.standing.renews:
-            self._show_again()
-        try:
-            while need := end.pull(target):
-                if not wire.fill(need):
-                    if end.over:
-                        raise ChannelClosed("this channel was closed while it waited")
-                    self._drop()
-                    raise end.truncated()
-            message = end.message
-        except ChannelTimeout:
-            # Nothing came: one may ask again. A record that came in part never came whole in time: over, since
-            # who bends a length would otherwise have the reader wait for ever.
-            if end.midway:
-                self._fail("a record did not come whole in time")
-            raise
-        except RecordRefused as error:
-            self._fail(error.message)
-            raise
-        except HandshakeRefused as error:
+    def _failed(self, error: BaseException) -> None:
+        """What a failed read leaves of the channel: all of it, when nothing had come; else nothing."""
+        end = self._end
+        if isinstance(error, HandshakeRefused):
             self._refuse(error, sending=False)
-            raise
-        except ChannelClosed:
-            self._fail("the peer closed it")
-            raise
-        except BaseException:
-            # An interrupt in the middle of a long message: the rest of it cannot be told from the next one.
-            if end.midway and not isinstance(sys.exception(), UsageError):
-                self._fail("reading was interrupted")
-            raise
-        if not end.due:
-            return message
-        try:
-            self._look(sending=False)
-        except HandshakeRefused:
-            wipe(target if isinstance(message, int) else message)  # type: ignore[arg-type]
-            raise
+        elif isinstance(error, RecordRefused | ChannelClosed):
+            self._fail(error.message)
+        elif isinstance(error, UsageError):
+            pass
+        elif end.midway if isinstance(error, ChannelTimeout) else end.within_long:
+            # A record that came in part never came whole in time: over, since who bends a length would otherwise
+            # have the reader wait for ever. Or an interrupt within a long message, the rest of which cannot be told
+            # from the next one.
+            self._fail("a record did not come whole in time")
 
-        return message
+    def _gone(self) -> NoReturn:
+        """The transport ended. Raises ChannelTruncated, or ChannelClosed when it was we who ended it."""
+        if self._end.over:
+            raise ChannelClosed("this channel was closed meanwhile")
+        self._drop()
+        raise self._end.truncated()
 
     def _look(self, *, sending: bool) -> None:
         """End a session whose peer is no longer admitted. Raises HandshakeRefused."""

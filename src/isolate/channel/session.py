@@ -108,7 +108,8 @@ class Endpoint:
         self._whole: bytearray | None = None
         self._done = 0
         self._waiting: bytearray | None = None
-        self._over: str | None = None
+        self.over = False
+        self._why = ""
         self._closed_by_peer: str | None = None
         self.forked = False
         _LIVE.add(self)
@@ -116,15 +117,6 @@ class Endpoint:
     @property
     def peer(self) -> AttestedPeer | HolderPeer:
         return self.standing.peer
-
-    @property
-    def over(self) -> bool:
-        return self._over is not None
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time to look after the standing of the peer, or of ourselves."""
-        return self.standing.clock() >= self.standing.due
 
     @property
     def midway(self) -> bool:
@@ -138,8 +130,8 @@ class Endpoint:
 
     def end(self, why: str) -> None:
         """No byte goes in or out any more; keys, and a message that came in part, are wiped."""
-        if self._over is None:
-            self._over = why
+        if not self.over:
+            self._why, self.over = why, True
         self.tidy()
 
     def tidy(self) -> None:
@@ -162,8 +154,8 @@ class Endpoint:
         self.end("the process forked, and the channel stays with the parent")
 
     def check_open(self) -> None:
-        if self._over is not None:
-            raise ChannelClosed(f"this channel is over: {self._over}")
+        if self.over:
+            raise ChannelClosed(f"this channel is over: {self._why}")
 
     def truncated(self) -> ChannelTruncated:
         """The transport ended, and nobody had said so: the error to raise."""
@@ -190,7 +182,7 @@ class Endpoint:
             or now >= sealer.until
             or size > sealer.bytes_left
             or sealer.records_left <= 1
-            or self._over is not None
+            or self.over
         ):
             return None
         return sealer.seal(_DATA, data)
@@ -281,7 +273,7 @@ class Endpoint:
         return 0
 
     def _open(self, kind: Kind, out: memoryview) -> None:
-        if self._over is not None:
+        if self.over:
             self.check_open()
         self._opener.open(self._inbox.pin, self._inbox.start, kind, out)
 
