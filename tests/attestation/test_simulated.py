@@ -122,6 +122,16 @@ def test_every_flipped_byte_is_refused(world: Any) -> None:
         assert refused(world, bytes(flipped)).startswith("evidence_")
 
 
+def test_a_child_that_lives_for_days_goes_on_attesting() -> None:
+    now = [NOW]
+    root = SimulatedRoot.generate(clock=lambda: now[0])
+    module = root.module("m")
+    for day in range(4):
+        now[0] = NOW + day * 86_400
+        document = module.document({0: b"a" * 48, 1: b"b" * 48, 2: b"c" * 48}, b"", b"")
+        assert verify(document, at=now[0], anchors=[root.fingerprint]).timestamp == now[0]
+
+
 def test_a_root_is_kept_in_a_file(world: Any, tmp_path: Any) -> None:
     from isolate.errors import KeyFormatError, StorageError
 

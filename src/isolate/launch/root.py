@@ -84,11 +84,15 @@ class SimulatedRoot:
         return int(self._clock())
 
     def module(self, module_id: str) -> SimulatedModule:
-        """A key of its own for one launched child, certified by this root for 24 hours."""
-        key, now = x509.P384Key.generate(), self.now()
+        """A key of its own for one launched child, certified by this root for 24 hours at a time."""
+        return SimulatedModule(module_id, self)
+
+    def certify(self, module_id: str, key: x509.P384Key) -> tuple[bytes, int]:
+        """A leaf certificate (DER) for a child's key, and the unix second at which it ends."""
+        now = self.now()
+        end = now + MODULE_LIFETIME
         begin = max(now - _BACKDATED, 0)
-        leaf = self._key.issue(self.certificate, module_id, key, not_before=begin, not_after=now + MODULE_LIFETIME)
-        return SimulatedModule(module_id, key, leaf, self.certificate, self._clock)
+        return self._key.issue(self.certificate, module_id, key, not_before=begin, not_after=end), end
 
     def __repr__(self) -> str:
         return f"SimulatedRoot({self.fingerprint.hex()[:16]}, key hidden)"
@@ -97,11 +101,13 @@ class SimulatedRoot:
 class SimulatedModule:
     """What signs the documents of one child. The caller says what it measured; a child never measures itself."""
 
-    __slots__ = ("_clock", "_key", "_leaf", "_root", "module_id")
+    __slots__ = ("_end", "_key", "_leaf", "_root", "module_id")
 
-    def __init__(self, module_id: str, key: x509.P384Key, leaf: bytes, root: bytes, clock: Clock) -> None:
+    def __init__(self, module_id: str, root: SimulatedRoot) -> None:
         self.module_id = module_id
-        self._key, self._leaf, self._root, self._clock = key, leaf, root, clock
+        self._root = root
+        self._key = x509.P384Key.generate()
+        self._leaf, self._end = root.certify(module_id, self._key)
 
     def document(
         self,
@@ -115,15 +121,17 @@ class SimulatedModule:
         """A signed document. ``pcrs`` are registers 0, 1 and 2 of 48 bytes. Raises UsageError."""
         if sorted(pcrs) != list(range(REGISTERS)) or any(len(one) != REGISTER_SIZE for one in pcrs.values()):
             raise UsageError(f"registers 0 to {REGISTERS - 1} are {REGISTER_SIZE} bytes each")
+        if self._root.now() > self._end - MODULE_LIFETIME // 2:
+            self._leaf, self._end = self._root.certify(self.module_id, self._key)
         fields = {
             "module_id": self.module_id,
             "tier": TIER,
-            "timestamp": int(self._clock() * 1000) if timestamp_ms is None else timestamp_ms,
+            "timestamp": self._root.now() * 1000 if timestamp_ms is None else timestamp_ms,
             "digest": "SHA384",
             "pcrs": {index: bytes(pcrs[index]) for index in sorted(pcrs)},
             "debug": debug,
             "certificate": self._leaf,
-            "cabundle": [self._root],
+            "cabundle": [self._root.certificate],
             "user_data": bytes(user_data),
             "nonce": bytes(nonce),
         }
