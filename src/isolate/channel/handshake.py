@@ -142,8 +142,9 @@ class Terms:
             raise MalformedError("the terms of the handshake have another form")
         return cls(**value)
 
-    def commitment(self) -> bytes:
-        return hashlib.sha256(b"isolate/v1/channel/terms\0" + self.encode()).digest()
+
+def _commitment(terms: bytes) -> bytes:
+    return hashlib.sha256(b"isolate/v1/channel/terms\0" + terms).digest()
 
 
 def frame(event: Event, body: bytes) -> bytes:
@@ -258,10 +259,10 @@ class Handshake:
             expect.lineage,
             expect.least_sequence,
             expect.policy is not None,
-        )
+        ).encode()
         self._suite = self._suites[0]
         head = bytes([VERSION, PROFILES[self._profile], self._suite, 0])
-        hello = MAGIC + head + self._terms.commitment()
+        hello = MAGIC + head + _commitment(self._terms)
         self._begin_noise(hello)
         return frame(Event.FIRST, hello + self._noise.write_message())
 
@@ -269,7 +270,7 @@ class Handshake:
         asked = cbor.record(self._noise.read_message(body), {"fresh": bool}, max_size=64)
         if self._noise.remote_static == self._static.public:
             raise HandshakeRefused("these are our own keys: the messages come back to us", code="reflected")
-        third = frame(Event.THIRD, self._noise.write_message(self._terms.encode()))
+        third = frame(Event.THIRD, self._noise.write_message(self._terms))
         self._finish_noise()
         self._shown_first = show(self._identity, self._statement("initiator", b""), fresh=asked["fresh"])
         return third + frame(Event.SHOW, self._outgoing.encrypt(b"", self._shown_first))
@@ -307,8 +308,9 @@ class Handshake:
         return frame(Event.SECOND, self._noise.write_message(cbor.encode({"fresh": fresh})))
 
     def _third(self, body: bytes) -> bytes:
-        terms = Terms.parse(self._noise.read_message(body))
-        if terms.commitment() != self._commitment:
+        raw = self._noise.read_message(body)
+        terms = Terms.parse(raw)
+        if _commitment(raw) != self._commitment:
             raise HandshakeRefused("the peer's terms are not those of its prologue", code="wrong_terms")
         if self._noise.remote_static == self._static.public:
             raise HandshakeRefused("these are our own keys: the messages come back to us", code="reflected")

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final
 
-from attrs import asdict, field, frozen
+from attrs import field, frozen
 
 from isolate.attestation import result as results
 from isolate.attestation.appraisal import appraise
@@ -41,6 +41,7 @@ MAX_SHOWN = 64000  # bytes: what fits into one message of the handshake
 MAX_KNOWN = 4096  # tokens whose signature is remembered as good
 
 _MADE_HERE: Final = object()
+_STATEMENT: Final = ("role", "hash", "exported", "initiator", "responder", "before")
 _SIGNED: Final[dict[str, type]] = {"shown": bytes, "signature": bytes}
 _KNOWN: Final[dict[tuple[str, bytes, bool], AttestationResult]] = {}
 
@@ -166,11 +167,15 @@ class Statement:
     @property
     def nonce(self) -> bytes:
         """What fresh evidence for this session and this role must carry, 32 bytes."""
-        return hashlib.sha256(b"isolate/v1/channel/evidence\0" + cbor.encode(asdict(self))).digest()
+        return hashlib.sha256(b"isolate/v1/channel/evidence\0" + cbor.encode(self._fields())).digest()
 
     def encode(self, shown: bytes) -> bytes:
         """The bytes that are signed, with what is shown."""
-        return cbor.encode({**asdict(self), "shown": hashlib.sha256(shown).digest()})
+        return cbor.encode({**self._fields(), "shown": hashlib.sha256(shown).digest()})
+
+    def _fields(self) -> dict[str, Any]:
+        # Not attrs.asdict, which copies each value by its type and takes ten times longer.
+        return {name: getattr(self, name) for name in _STATEMENT}
 
 
 def show(identity: Attested | Holder, statement: Statement, *, fresh: bool = False) -> bytes:
