@@ -34,7 +34,7 @@ from isolate.capability.token import Token
 from isolate.client.connect import certificate, expect_enclave
 from isolate.crypto import cbor
 from isolate.crypto.signing import Purpose, Signer, SigningKey, VerifyingKey
-from isolate.errors import ChannelError, HolderRefused, ScopeExceeded, StorageError, UsageError
+from isolate.errors import CapabilityRefused, ChannelError, HolderRefused, ScopeExceeded, StorageError, UsageError
 from isolate.messages.base import Refusal, Signed
 from isolate.messages.http import ask, error_of
 from isolate.messages.invoke import Budget, BudgetRequest, Invoke, Reply, encode_argument
@@ -43,6 +43,7 @@ _FIELDS = {
     "token": str, "owner": str, "lineage": str, "service": str, "enclave": str, "job": str,
     "INSECURE_accept_simulated": bool,
 }  # fmt: skip
+_KIND = CapabilityRefused.default_code  # of a refusal whose code names no class
 MAX_FILE = 64 * 1024  # bytes of a handle file; a token takes at most 5.5 KiB of them
 
 
@@ -163,7 +164,7 @@ class Handle:
                 self.close()
                 raise
         if reply.code:
-            raise error_of(Refusal(reply.code, f"the enclave refused {operation}", "", reply.request_id))
+            raise error_of(Refusal(reply.code, f"the enclave refused {operation}", "", reply.request_id, _KIND))
         return reply.value
 
     def _exchange(self, operation: str, digest: bytes, encoded: dict[str, Any]) -> Reply:

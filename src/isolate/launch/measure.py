@@ -62,6 +62,8 @@ class Measurement:
 
 def tree(root: Path) -> dict[str, Path]:
     """Every regular file under ``root``, by its path with slashes. Raises UsageError for links and devices."""
+    if not root.is_dir():
+        raise UsageError(f"{root} is no folder with an application")
     found: dict[str, Path] = {}
     total = 0
     for folder, folders, files in os.walk(root, onerror=_unreadable, followlinks=False):

@@ -84,9 +84,10 @@ class Platform:
 
     def image(self, application: Path) -> Image:
         """Copy, then measure the copy. Raises UsageError or StorageError."""
+        given = tree(application)
         runtime = self._snapshot_runtime()
         staged = self._state / f"application-{os.urandom(8).hex()}"
-        files = _copy(tree(application), staged)
+        files = _copy(given, staged)
         return Image(self._state / "runtime", staged, registers(runtime, files))
 
     def _snapshot_runtime(self) -> dict[str, Path]:

@@ -164,10 +164,14 @@ class Answer(Message):
 
 @frozen
 class Refusal(Message):
-    """What a refused caller is told: a code, one line that carries no data, and the number of the request."""
+    """What a refused caller is told: a code, one line that carries no data, and the number of the request.
+
+    ``kind`` is the default code of the error's class, where ``code`` says more than that.
+    """
 
     TYPE = "refusal"
     code: str
     message: str
     hint: str
     request_id: str
+    kind: str = ""

@@ -104,18 +104,18 @@ def ask(
 
 
 def error_of(refusal: Refusal) -> IsolateError:
-    """The exception for a refusal: the class whose code it is, else RefusedError.
+    """The exception for a refusal: the class whose code it is, else that of its kind, else RefusedError.
 
     A refusal is not signed and ends on a terminal: what would not print is replaced.
 
     >>> str(error_of(Refusal("no code!", "one\\x1b[2J\\nline", "", "")))
     'one?[2J?line'
     """
-    code = refusal.code if _CODE.fullmatch(refusal.code) else RefusedError.default_code
-    kind = _by_code(IsolateError).get(code, RefusedError)
-    return kind(
+    code = refusal.code if _CODE.fullmatch(refusal.code) else ""
+    classes = _by_code(IsolateError)
+    return classes.get(code, classes.get(refusal.kind, RefusedError))(
         _line(refusal.message, 500),
-        code=code,
+        code=code or None,
         hint=_line(refusal.hint, 200),
         request_id=_line(refusal.request_id, 64),
     )
