@@ -1,0 +1,272 @@
+"""The user's side: a handle file, a signer, a handle, and the owner's requests."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from attrs import evolve
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isolate import channel
+from isolate.capability.invocation import Invocation
+from isolate.client import connect
+from isolate.client.handle import FileSigner, HandleFile, attach
+from isolate.client.owner import Owner
+from isolate.crypto.signing import SigningKey
+from isolate.errors import (
+    BudgetExhausted,
+    CapabilityRefused,
+    ChannelTruncated,
+    HolderRefused,
+    KeyFormatError,
+    ScopeExceeded,
+    StorageError,
+    UsageError,
+)
+from isolate.messages.base import Answer, Signed
+from isolate.messages.invoke import Budget, Invoke, Reply
+from isolate.messages.owner import Done, Revoke
+
+DIGEST = b"d" * 32
+
+
+@pytest.fixture
+def key() -> SigningKey:
+    return SigningKey.generate()
+
+
+@pytest.fixture
+def owner(realm: Any) -> Owner:
+    return Owner(realm.owner, service="unix:/service", lineage="acme")
+
+
+@pytest.fixture
+def file(owner: Owner, key: SigningKey) -> HandleFile:
+    return owner.grant(
+        "a/b", operations={"op": DIGEST, "more": DIGEST}, holder=key.verifying_key.ed25519, uses=9,
+        enclave="unix:/enclave", job="acme/job", INSECURE_accept_simulated=True,
+    )  # fmt: skip
+
+
+class Wire:
+    """A channel to an enclave that answers with a function of the test."""
+
+    binding = b"b" * 32
+
+    def __init__(self, answer: Any) -> None:
+        self.answer, self.seen, self.closed = answer, list[Invoke](), False
+
+    def send(self, raw: bytes) -> None:
+        assert len(raw) % 1024 == 0
+        self.seen.append(Invoke.parse(raw))
+
+    def recv(self) -> bytearray:
+        reply = self.answer(self.seen[-1])
+        if isinstance(reply, BaseException):
+            raise reply
+        return bytearray(reply.padded())
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def wires(monkeypatch: pytest.MonkeyPatch) -> list[Wire]:
+    """Channels that are opened; the answer of each is taken from the last of this list when it is opened."""
+    opened: list[Wire] = []
+    monkeypatch.setattr(channel, "connect", lambda *_, **__: opened.append(Wire(opened[0].answer)) or opened[-1])
+    opened.append(Wire(lambda _: Reply("", 3, "id")))
+    return opened
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@pytest.mark.threat("ENC-16")
+@given(texts, texts)
+def test_a_handle_file_reads_back_whatever_stands_in_it(one: str, other: str) -> None:
+    file = HandleFile(one, other, one, other, one, other, False)
+    assert HandleFile.parse(file.to_text()) == file
+
+
+@pytest.mark.threat("ENC-16")
+@pytest.mark.parametrize(
+    "odd", ['x"\nINSECURE_accept_simulated = true\n#', "\\", '"', "\n", "\x7f", "\0", "é\u2028"]
+)
+def test_an_address_sneaks_no_setting_into_a_handle_file(odd: str) -> None:
+    file = HandleFile("t", "o", "l", odd, odd, "j", False)
+    assert HandleFile.parse(file.to_text()) == file
+
+
+@pytest.mark.parametrize(
+    "text", ["no toml", "token = 1", "", "a = " + "[" * 5000, 'token = "t"\nINSECURE_accept_simulated = 1']
+)
+def test_what_is_no_handle_file(text: str, tmp_path: Path, key: SigningKey) -> None:
+    with pytest.raises(UsageError):
+        HandleFile.parse(text)
+    with pytest.raises(UsageError):
+        HandleFile.parse(HandleFile("t", "o", "l", "s", "e", "j", True).to_text() + "more = 1\n")
+    with pytest.raises(StorageError):
+        attach(tmp_path / "nothing", signer=key)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe" * 100_000)
+    with pytest.raises(UsageError):
+        attach(tmp_path / "binary", signer=key)
+
+
+def test_attaching(file: HandleFile, key: SigningKey, tmp_path: Path) -> None:
+    (tmp_path / "team.handle").write_text(file.to_text(), encoding="utf-8")
+    key.save(tmp_path / "me.key")
+    handle = attach(tmp_path / "team.handle", signer=FileSigner(tmp_path / "me.key"))
+    assert repr(handle) == "<Handle on a/b: more, op; at most 9 uses>"
+    assert attach(handle.export(), signer=key).id == handle.id
+    with pytest.raises(HolderRefused):
+        attach(file, signer=SigningKey.generate())
+    with pytest.raises(CapabilityRefused):
+        attach(evolve(file, token="isolate-token-x"), signer=key)
+    with pytest.raises(KeyFormatError):
+        attach(evolve(file, owner="nobody"), signer=key)
+
+
+def test_narrowing_is_offline_and_never_widens(file: HandleFile, key: SigningKey, realm: Any) -> None:
+    before = len(realm.carried)
+    handle, other = attach(file, signer=key), SigningKey.generate()
+    narrowed = handle.attenuate(operations=["op"], uses=50, holder=other.verifying_key.ed25519)
+    with pytest.raises(ScopeExceeded):
+        handle.attenuate(operations=["none"])
+    assert repr(attach(narrowed, signer=other)) == "<Handle on a/b: op; at most 9 uses>"
+    with pytest.raises(ScopeExceeded):
+        attach(narrowed, signer=other).attenuate(operations=["more"])
+    assert len(realm.carried) == before
+
+
+def test_using(file: HandleFile, key: SigningKey, wires: list[Wire]) -> None:
+    with attach(file, signer=key) as handle:
+        assert handle.invoke("op", image=np.arange(3, dtype=np.uint8)) == 3
+        assert handle.invoke("op", number=1) == 3
+        with pytest.raises(ScopeExceeded):
+            handle.invoke("none")
+        with pytest.raises(UsageError):
+            handle.invoke("op", number=1.5)
+    one, two = wires[1].seen
+    assert one.arguments == {"image": b"\0\1\2"}
+    counters = [Invocation.parse(seen.invocation).counter for seen in (one, two)]
+    assert counters == [1, 2]
+    assert wires[1].closed
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("budget_exhausted", BudgetExhausted), ("replayed", CapabilityRefused),
+        ("unknown_operation", CapabilityRefused), ("operation_failed", CapabilityRefused),
+        ("scope_exceeded", ScopeExceeded), ("Bad Code", CapabilityRefused),
+    ],
+)  # fmt: skip
+def test_a_refusal_becomes_its_error(
+    file: HandleFile, key: SigningKey, wires: list[Wire], code: str, error: type[Exception]
+) -> None:
+    wires[0].answer = lambda _: Reply(code, None, "request-1")
+    with pytest.raises(error) as refused:
+        attach(file, signer=key).invoke("op")
+    assert refused.value.request_id == "request-1"  # type: ignore[attr-defined]
+
+
+def test_after_a_channel_ended_the_next_use_opens_another(
+    file: HandleFile, key: SigningKey, wires: list[Wire]
+) -> None:
+    handle = attach(file, signer=key)
+    wires[0].answer = lambda _: ChannelTruncated("cut")
+    with pytest.raises(ChannelTruncated):
+        handle.invoke("op")
+    wires[0].answer = lambda _: Reply("", 5, "id")
+    assert handle.invoke("op") == 5
+    assert (len(wires), wires[1].closed) == (3, True)
+    assert Invocation.parse(wires[2].seen[0].invocation).counter == 1
+
+
+@pytest.mark.threat("ENC-17")
+def test_threads_get_each_its_own_reply(file: HandleFile, key: SigningKey, wires: list[Wire]) -> None:
+    wires[0].answer = lambda seen: Reply("", seen.arguments["number"], "id")
+    handle, wrong = attach(file, signer=key), list[int]()
+
+    def use(numbers: range) -> None:
+        wrong.extend(number for number in numbers if handle.invoke("op", number=number) != number)
+
+    threads = [threading.Thread(target=use, args=(range(at, at + 20),)) for at in (0, 100, 200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    counters = [Invocation.parse(seen.invocation).counter for seen in wires[1].seen]
+    assert (wrong, counters) == ([], list(range(1, 61)))
+
+
+@pytest.mark.threat("ENC-18")
+def test_a_handle_and_a_signer_show_and_give_away_nothing(
+    file: HandleFile, key: SigningKey, tmp_path: Path
+) -> None:
+    key.save(tmp_path / "me.key")
+    signer = FileSigner(tmp_path / "me.key")
+    handle = attach(file, signer=signer)
+    for thing in (handle, signer):
+        for copies in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(UsageError):
+                copies(thing)
+        seed = bytes(key._seed.expose())
+        for text in (repr(thing), str(thing), f"{thing}", repr(vars(thing)), handle.export().to_text()):
+            assert seed.hex() not in text
+            assert "ISOLATE-SIGNING-KEY" not in text
+
+
+def test_a_budget_is_the_services_signed_answer(
+    file: HandleFile, key: SigningKey, realm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = attach(file, signer=key)
+    assert handle.budget.uses == 9
+
+    def lie(route: str, body: bytes) -> tuple[int, bytes]:
+        if route != "budget":
+            return realm.serve(route, body)  # type: ignore[no-any-return]
+        return 200, Answer.make(Signed.parse(body), Budget(999, None), SigningKey.generate()).encode()
+
+    realm.courier = lie
+    assert realm.code(lambda: handle.budget) == "forged_answer"
+
+
+@pytest.mark.threat("ENC-1")
+def test_a_client_believes_only_a_certified_service_and_now(realm: Any, file: HandleFile, key: SigningKey) -> None:
+    stranger = str(SigningKey.generate().verifying_key)
+    assert realm.code(lambda: attach(evolve(file, owner=stranger), signer=key).budget) == "service_uncertified"
+    assert realm.code(lambda: attach(evolve(file, lineage="x"), signer=key).budget) == "service_uncertified"
+    realm.clock.now = realm.state.certificate.not_after
+    root = realm.owner.verifying_key
+    assert realm.code(lambda: connect.certificate("", root, "acme")) == "service_expired"
+
+
+@pytest.mark.threat("SVC-27")
+def test_an_owner_learns_that_a_revocation_was_suppressed(realm: Any, owner: Owner) -> None:
+    assert owner.revoke(bytes(32)) == 1
+    done = realm.serve("owner/revoke", realm.owner_request(Revoke(b"1" * 32)).encode())
+    realm.courier = lambda *_: done
+    assert realm.code(lambda: owner.revoke(b"2" * 32)) == "forged_answer"
+    realm.courier = lambda _, body: (200, Answer.make(Signed.parse(body), Done(1), SigningKey.generate()).encode())
+    assert realm.code(lambda: owner.revoke(b"2" * 32)) == "forged_answer"
+
+
+def test_an_owner_works(realm: Any, owner: Owner) -> None:
+    path = realm.seal()
+    registered = owner.register(path)
+    assert owner.newest("a/b") == registered
+    owner.set_rule("a/b", readers=["reader"])
+    owner.set_policy(realm.policy())
+    assert owner.evidence(realm.enclave().result.instance)
+    assert owner.log(index=0).entry
+    assert "svc" not in repr(owner)
+    assert realm.code(lambda: owner.newest("none")) == "usage"

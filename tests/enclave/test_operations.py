@@ -1,0 +1,121 @@
+"""Operations: arguments of their declared type go in, results of their declared type come out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isolate.enclave.operations import Array, Integer, Label, Operation, Scalar, operation
+from isolate.errors import CapabilityRefused, IsolateError, OutputRefused, UsageError
+
+
+def make(result: Any, output: Any) -> Operation:
+    @operation(inputs={}, output=output)
+    def answer(view: Any) -> Any:
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    return answer
+
+
+@pytest.mark.threat("ENC-9")
+@pytest.mark.parametrize(
+    "odd",
+    [
+        10, -1, True, np.bool_(True), 1.0, "1", b"1", None, [1], np.ones(1, int), np.float32(1), 10**30, -(10**30),
+        {"w": 1}, object(), 1j,
+    ],
+)  # fmt: skip
+def test_a_careless_operation_answers_more_than_a_label(odd: Any) -> None:
+    with pytest.raises(OutputRefused) as refused:
+        make(odd, Label(10)).run({}, {})
+    assert refused.value.code == "output_refused"
+
+
+@pytest.mark.threat("ENC-9")
+@pytest.mark.parametrize(
+    "odd",
+    [math.nan, math.inf, -math.inf, np.float64("nan"), "1", None, [1.0], np.ones(2), 1j, np.complex64(1), True],
+)
+def test_a_careless_operation_answers_more_than_a_scalar(odd: Any) -> None:
+    with pytest.raises(OutputRefused):
+        make(odd, Scalar(0, 1, 100)).run({}, {})
+
+
+def test_good_results_leave_in_their_closed_form() -> None:
+    for good in (3, np.int64(3), np.uint8(3)):
+        result = make(good, Label(10)).run({}, {})
+        assert (result, type(result)) == (3, int)
+    for good, step in ((0.5, 50), (2, 100), (-5, 0), (10**400, 100), (np.float32(0.25), 25), (np.float16(1), 100)):
+        result = make(good, Scalar(0, 1, 100)).run({}, {})
+        assert (result, type(result)) == (step, int)
+
+
+@pytest.mark.threat("ENC-10")
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("canary"), KeyError("canary"), OutputRefused("canary", code="canary"), IsolateError("canary")],
+)
+def test_an_operations_exception_leaks_nothing(error: Exception) -> None:
+    with pytest.raises(CapabilityRefused) as refused:
+        make(error, Label(2)).run({}, {})
+    assert refused.value.code == "operation_failed"
+    assert "canary" not in str(refused.value) + repr(vars(refused.value))
+    assert refused.value.__suppress_context__
+
+
+def test_arguments_of_another_type_are_refused() -> None:
+    @operation(inputs={"image": Array("uint8", (2, 2)), "number": Integer(1, 5)}, output=Label(2))
+    def look(view: Any, image: Any, number: int) -> int:
+        assert image.shape == (2, 2)
+        assert not image.flags.writeable
+        return 1
+
+    good: dict[str, Any] = {"image": bytes(4), "number": 5}
+    assert look.run({}, good) == 1
+    for change in (
+        {"image": bytes(5)}, {"image": bytearray(4)}, {"image": [0] * 4}, {"image": None}, {"number": 0},
+        {"number": 6}, {"number": True}, {"number": "1"}, {"number": 1.0}, {"more": 1},
+    ):  # fmt: skip
+        with pytest.raises(CapabilityRefused) as refused:
+            look.run({}, {**good, **change})
+        assert refused.value.code == "bad_argument"
+    with pytest.raises(CapabilityRefused):
+        look.run({}, {"image": bytes(4)})
+
+
+def test_types_that_are_none() -> None:
+    for attempt in (
+        lambda: Array("O", (1,)), lambda: Array("no such", (1,)), lambda: Array("U4", (1,)),
+        lambda: Array("uint8", (-1,)), lambda: Label(0), lambda: Scalar(1, 1, 1), lambda: Scalar(0, 1, 0),
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            attempt()
+    with pytest.raises(UsageError):
+        operation(inputs={}, output=Label(2))(len)
+
+
+@pytest.mark.threat("ENC-11")
+def test_a_digest_names_code_schema_and_version() -> None:
+    def first(view: Any) -> int:
+        return 1
+
+    def second(view: Any) -> int:
+        return 2
+
+    def digest(function: Any, name: str = "op", **changes: Any) -> bytes:
+        function.__name__ = name
+        fields: dict[str, Any] = {"inputs": {}, "output": Label(10), "version": 1}
+        return operation(**(fields | changes))(function).digest
+
+    same = digest(first)
+    assert digest(first) == same
+    others = [
+        digest(second), digest(first, "other"), digest(first, version=2), digest(first, output=Label(11)),
+        digest(first, inputs={"n": Integer(0, 1)}), digest(first, output=Scalar(0, 1, 10)),
+    ]  # fmt: skip
+    assert len({same, *others}) == 7

@@ -1,0 +1,313 @@
+"""Serving handles: the six numbered checks of enclave/runtime.py, and what leaves when one of them refuses."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isolate.capability.invocation import Invocation, ReplayGuard, hash_arguments
+from isolate.capability.scope import Range, Scope
+from isolate.capability.token import Token, grant
+from isolate.crypto import cbor
+from isolate.crypto.secret import Secret
+from isolate.crypto.signing import SigningKey
+from isolate.enclave.operations import Array, Integer, Label, operation
+from isolate.enclave.runtime import MAX_CLIENTS, Server
+from isolate.errors import ChannelClosed, ChannelTruncated, HandshakeRefused, ServiceUnavailable
+from isolate.messages.base import MAX_MESSAGE, Answer, Signed
+from isolate.messages.invoke import Invoke, Receipt, Reply
+
+BINDING = b"b" * 32
+CANARY = "canary-1234567890"
+
+
+@operation(inputs={"number": Integer(0, 100)}, output=Label(101))
+def echo(view: Any, number: int) -> int:
+    return number
+
+
+@operation(inputs={}, output=Label(10))
+def careless(view: Any) -> Any:
+    return view["w"]
+
+
+@operation(inputs={}, output=Label(10))
+def failing(view: Any) -> Any:
+    raise ValueError(CANARY, view["w"])
+
+
+@operation(inputs={"image": Array("uint8", (4,))}, output=Label(10))
+def tamper(view: Any, image: Any) -> Any:
+    view["w"][0] = 7
+
+
+class Long:
+    """An output type of somebody else's, that lets long answers out."""
+
+    def schema(self) -> list[Any]:
+        return ["long"]
+
+    def check(self, value: Any) -> Any:
+        return value
+
+
+@operation(inputs={}, output=Long())
+def long(view: Any) -> Any:
+    return "x" * 500
+
+
+@operation(inputs={}, output=Long())
+def odd(view: Any) -> Any:
+    return object()
+
+
+OPERATIONS = [echo, careless, failing, tamper, long, odd]
+
+
+class Client:
+    """The holder of a token, over a channel with a binding of its own."""
+
+    def __init__(self, realm: Any, asset: str = "a/b", **limits: Any) -> None:
+        self.key, self.counter = SigningKey.generate(), itertools.count(1)
+        scope = Scope(**({"operations": {one.name: one.digest for one in OPERATIONS}} | limits))
+        self.token = grant(realm.owner, asset=asset, scope=scope, holder=self.key.verifying_key.ed25519)
+        self.replay = ReplayGuard(BINDING)
+
+    def request(self, operation: Any, arguments: dict[str, Any], **changes: Any) -> bytes:
+        fields: dict[str, Any] = {
+            "operation": operation.name, "operation_digest": operation.digest,
+            "argument_hash": hash_arguments(cbor.encode(arguments)), "channel_binding": BINDING,
+            "nonce": Secret.generate(16).expose().tobytes(), "counter": next(self.counter),
+        }  # fmt: skip
+        token: Token = changes.pop("token", self.token)
+        invocation = Invocation.sign(token, self.key, **(fields | changes))
+        return Invoke(token.encode(), invocation.encode(), arguments).padded()
+
+    def ask(self, server: Server, operation: Any, arguments: dict[str, Any] | None = None, **changes: Any) -> Reply:
+        raw = server.answer(self.request(operation, arguments or {}, **changes), BINDING, self.replay)
+        assert len(raw) == 256
+        assert CANARY.encode() not in raw
+        return Reply.parse(raw)
+
+
+@pytest.fixture
+def server(realm: Any) -> Server:
+    realm.asset()
+    return Server(realm.enclave(), "a/b", {"w": np.arange(4, dtype=np.float32)}, OPERATIONS)
+
+
+def test_a_result(realm: Any, server: Server) -> None:
+    reply = Client(realm).ask(server, echo, {"number": 42})
+    assert (reply.code, reply.value) == ("", 42)
+    assert len(realm.entries("use")) == 1
+
+
+@pytest.mark.threat("ENC-12")
+def test_check_1_a_token_of_another_owner_or_for_another_asset(realm: Any, server: Server) -> None:
+    assert Client(realm, asset="c/d").ask(server, echo, {"number": 1}).code == "scope_exceeded"
+    mine, realm.owner = realm.owner, SigningKey.generate()
+    stranger = Client(realm)
+    realm.owner = mine
+    assert stranger.ask(server, echo, {"number": 1}).code == "capability_refused"
+    client = Client(realm, expires=realm.clock())
+    assert client.ask(server, echo, {"number": 1}).code == "expired"
+    assert Client(realm, rates={60: 1}).ask(server, echo, {"number": 1}).code == "not_enforced"
+    assert not realm.entries("use")
+
+
+@pytest.mark.threat("ENC-12")
+def test_check_2_an_invocation_for_another_channel_or_other_arguments(realm: Any, server: Server) -> None:
+    client = Client(realm)
+    assert client.ask(server, echo, {"number": 1}, channel_binding=b"x" * 32).code == "holder_refused"
+    other = hash_arguments(cbor.encode({"number": 2}))
+    assert client.ask(server, echo, {"number": 1}, argument_hash=other).code == "holder_refused"
+    narrowed = client.token.attenuate(client.key, Scope(operations={}))
+    assert client.ask(server, echo, {"number": 1}, token=narrowed).code == "scope_exceeded"
+    assert not [one for one in realm.carried if one[0] == "charge"]
+
+
+@pytest.mark.threat("ENC-12")
+def test_check_3_a_request_sent_again_over_the_same_channel(realm: Any, server: Server) -> None:
+    client = Client(realm)
+    raw = client.request(echo, {"number": 1})
+    codes = [Reply.parse(server.answer(raw, BINDING, client.replay)).code for _ in range(2)]
+    assert codes == ["", "replayed"]
+    assert len([one for one in realm.carried if one[0] == "charge"]) == 1
+
+
+@pytest.mark.threat("ENC-12")
+def test_check_4_an_operation_that_does_not_run_here_or_is_of_another_version(realm: Any, server: Server) -> None:
+    few = Server(server._workload, "a/b", {}, [careless])
+    assert Client(realm).ask(few, echo, {"number": 1}).code == "unknown_operation"
+
+    @operation(inputs={"number": Integer(0, 100)}, output=Label(101), version=2)
+    def echo_two(view: Any, number: int) -> int:
+        return number
+
+    newer = type(echo)("echo", 2, echo_two.inputs, echo_two.output, echo_two.digest, echo_two.function)
+    assert Client(realm).ask(Server(server._workload, "a/b", {}, [newer]), echo, {"number": 1}).code == (
+        "unknown_operation"
+    )
+    limited = Client(realm, parameters={"echo": {"number": Range(0, 5)}})
+    assert limited.ask(server, echo, {"number": 6}).code == "scope_exceeded"
+    assert not [one for one in realm.carried if one[0] == "charge"]
+    assert limited.ask(server, echo, {"number": 5}).value == 5
+
+
+@pytest.mark.threat("ENC-13")
+def test_check_5_nothing_runs_that_was_not_charged(realm: Any, server: Server) -> None:
+    ran: list[int] = []
+
+    @operation(inputs={}, output=Label(2))
+    def note(view: Any) -> int:
+        ran.append(1)
+        return 1
+
+    counting = Server(server._workload, "a/b", {}, [note])
+    client = Client(realm, operations={"note": note.digest}, uses=1)
+    assert client.ask(counting, note).value == 1
+    assert client.ask(counting, note).code == "budget_exhausted"
+
+    def down(*_: Any) -> Any:
+        raise ServiceUnavailable("no")
+
+    def forged(_: str, body: bytes) -> tuple[int, bytes]:
+        receipt = Receipt.make(b"i" * 32, 1, 1, SigningKey.generate())
+        return 200, Answer.make(Signed.parse(body), receipt, SigningKey.generate()).encode()
+
+    def for_another(_: str, body: bytes) -> tuple[int, bytes]:
+        key = realm.state.release_key
+        return 200, Answer.make(Signed.parse(body), Receipt.make(b"i" * 32, 1, 1, key), key).encode()
+
+    free = Client(realm, operations={"note": note.digest})
+    codes = []
+    for realm.courier in (down, forged, for_another):
+        codes.append(free.ask(counting, note).code)
+    assert codes == ["service_unavailable", "forged_answer", "receipt_refused"]
+    assert ran == [1]
+
+
+@pytest.mark.threat("ENC-13")
+def test_check_5_a_failed_operation_is_charged(realm: Any, server: Server) -> None:
+    client = Client(realm, uses=2)
+    assert client.ask(server, failing).code == "operation_failed"
+    assert client.ask(server, careless).code == "output_refused"
+    assert client.ask(server, echo, {"number": 1}).code == "budget_exhausted"
+
+
+@pytest.mark.threat("ENC-9", "ENC-3")
+def test_check_6_the_weights_themselves_and_what_is_longer_than_was_charged(realm: Any, server: Server) -> None:
+    client = Client(realm)
+    assert client.ask(server, careless).code == "output_refused"
+    assert client.ask(server, long).code == "output_refused"
+    assert client.ask(server, odd).code in ("usage", "operation_failed")
+
+
+@pytest.mark.threat("ENC-10")
+def test_an_operation_exception_leaks_nothing(
+    realm: Any, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reply = Client(realm).ask(server, failing)
+    assert (reply.code, reply.value) == ("operation_failed", None)
+    said = capsys.readouterr()
+    assert CANARY not in said.out + said.err
+    assert reply.request_id in said.out
+
+
+def test_operations_do_not_change_the_asset(realm: Any, server: Server) -> None:
+    assert Client(realm).ask(server, tamper, {"image": bytes(4)}).code == "operation_failed"
+    assert server._view["w"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(TypeError):
+        server._view["x"] = 1  # type: ignore[index]
+
+
+@pytest.mark.threat("ENC-14")
+def test_any_bytes_get_a_padded_refusal(realm: Any, server: Server) -> None:
+    import random
+
+    dice, client = random.Random(3), Client(realm)
+    good = client.request(echo, {"number": 1})
+    for _ in range(300):
+        raw = bytearray(good)
+        for _ in range(dice.randint(1, 3)):
+            raw[dice.randrange(len(raw) - 600)] ^= 1 << dice.randrange(8)
+        reply = server.answer(raw, BINDING, client.replay)
+        assert len(reply) == 256
+        assert Reply.parse(reply).code
+    for raw in (b"", b"\xff", bytes(MAX_MESSAGE + 1)):
+        assert Reply.parse(server.answer(raw, BINDING, client.replay)).code == "malformed"
+
+
+class FakeListener:
+    """Hands out channels, or raises, in order; then it is closed."""
+
+    def __init__(self, *ends: Any) -> None:
+        self.ends, self.lock = list(ends), threading.Lock()
+
+    def accept(self) -> Any:
+        with self.lock:
+            end = self.ends.pop(0) if self.ends else ChannelClosed("over")
+        if isinstance(end, BaseException):
+            raise end
+        return end
+
+    def __enter__(self) -> FakeListener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class FakeChannel:
+    binding = BINDING
+
+    def __init__(self, *messages: bytes, delay: float = 0) -> None:
+        self.messages, self.sent, self.closed, self.delay = list(messages), list[bytes](), False, delay
+
+    def fileno(self) -> int:
+        return 0
+
+    def recv_into(self, buffer: bytearray) -> int:
+        time.sleep(self.delay)
+        if not self.messages:
+            raise ChannelTruncated("gone")
+        message = self.messages.pop(0)
+        buffer[: len(message)] = message
+        return len(message)
+
+    def send(self, message: bytes) -> None:
+        self.sent.append(message)
+
+    def __enter__(self) -> FakeChannel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed = True
+
+
+@pytest.mark.threat("ENC-14")
+def test_silent_and_refused_clients_keep_nobody_else_out(
+    realm: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(realm)
+    good = FakeChannel(client.request(echo, {"number": 7}))
+    silent = [FakeChannel(delay=2) for _ in range(MAX_CLIENTS // 2)]
+    refused = [HandshakeRefused("no"), ServiceUnavailable("no renewal now")] * 3
+    monkeypatch.setattr("isolate.enclave.runtime.peer_pid", lambda _: 1)
+    listener = FakeListener(*refused, *silent, good)
+    monkeypatch.setattr(server._workload, "listen", lambda *_, **__: listener)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    end = time.monotonic() + 1.5
+    while not good.closed and time.monotonic() < end:
+        time.sleep(0.02)
+    assert good.closed
+    assert not any(one.closed for one in silent)
+    assert [Reply.parse(one).value for one in good.sent] == [7]
+    thread.join(10)
+    assert all(one.closed for one in silent)
