@@ -38,7 +38,6 @@ PROMISED = {
     "torch.SealedDataset", "torch.SealedStorageReader", "torch.SealedStorageWriter",
 }  # fmt: skip
 NOT_YET = {
-    "sealed.open_folder",
     "torch.SealedDataset", "torch.SealedStorageReader", "torch.SealedStorageWriter",
 }  # fmt: skip
 

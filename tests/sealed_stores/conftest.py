@@ -168,7 +168,8 @@ class Proxy:
     """Stands before a server and, for requests that ``chosen`` picks, breaks the answer.
 
     ``fault``: None, "503", "cut" (half of the answer, then the end), "slow" (nothing for ``delay`` seconds),
-    "range" (an answer that names another range), "lie" (the same bytes in another order), or the bytes of an answer.
+    "range" (an answer that names another range), "lie" (the same bytes in another order), or the bytes of an
+    answer.
     ``times``: how often, None always.
     """
 

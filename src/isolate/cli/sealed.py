@@ -20,6 +20,8 @@ from isolate.crypto.aead import Suite
 from isolate.crypto.kem import Identity, Recipient
 from isolate.crypto.signing import SigningKey
 from isolate.errors import KeyFormatError, NoRecipient, StorageError, UsageError
+from isolate.sealed.folder import folder_size, is_folder, manifest_of
+from isolate.sealed.objects import is_url
 from isolate.sealed.recipients import Passphrase
 
 _SUITES = {suite.title.lower(): suite for suite in Suite}
@@ -109,7 +111,7 @@ def _expect(digest: str | None, epoch: int | None) -> bytes | sealed.Epoch | Non
 
 
 @contextmanager
-def _progress(title: str, size: int) -> Iterator[Callable[[int], None] | None]:
+def _progress(title: str, size: int | None) -> Iterator[Callable[[int], None] | None]:
     """A bar on a terminal, nothing in a pipe."""
     if not sys.stderr.isatty():
         yield None
@@ -123,7 +125,12 @@ def _progress(title: str, size: int) -> Iterator[Callable[[int], None] | None]:
         yield lambda done: bar.update(task, completed=done)
 
 
-def _size(path: str) -> int:
+def _size(path: str) -> int | None:
+    """Bytes of a file, or of the weights in a folder; None where only a store knows."""
+    if is_url(path):
+        return None
+    if Path(path).is_dir():
+        return folder_size(path)
     try:
         return Path(path).stat().st_size
     except OSError as error:
@@ -131,11 +138,11 @@ def _size(path: str) -> int:
 
 
 @click.command("seal")
-@click.argument("model", metavar="MODEL.safetensors")
+@click.argument("model", metavar="MODEL.safetensors|DIR")
 @click.option("-r", "--recipient", "recipients", multiple=True, metavar="R", help="Who can open it (repeat).")
 @click.option("--passphrase-file", metavar="F", help="Seal to the first line of F instead (- asks).")
 @click.option("--sign", "sign_file", required=True, metavar="F", help="The owner's signing key.")
-@click.option("-o", "--output", required=True, metavar="F", help="The sealed file.")
+@click.option("-o", "--output", required=True, metavar="F|URL", help="The sealed file or folder.")
 @click.option("--model-id", default="", help="A public name for it.")
 @click.option("--epoch", default=0, type=click.IntRange(0), help="A public number that only grows.")
 @click.option("--previous", metavar="F", help="The sealed file that this one follows.")
@@ -147,7 +154,10 @@ def seal(
     model: str, recipients: tuple[str, ...], passphrase_file: str | None, sign_file: str, output: str,
     model_id: str, epoch: int, previous: str | None, suite: str | None, compartments: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Seal a safetensors file. Prints its digest, which `unseal --expect` takes."""
+    """Seal a safetensors file, or a folder with all that is in it. Prints the digest that `unseal --expect` takes.
+
+    A URL is s3://, gs://, az:// or memory://; credentials come from the environment.
+    """
     globs: dict[str, list[str]] = {}
     for text in compartments:
         name, equals, glob = text.partition("=")
@@ -155,11 +165,15 @@ def seal(
             raise UsageError("--compartment takes ID=GLOB")
         globs.setdefault(name, []).append(glob)
     to = _recipients(recipients, passphrase_file)
+    options: dict[str, Any] = {"compartments": globs} if globs else {}
+    folder = Path(model).is_dir()
+    if folder and globs:
+        raise UsageError("--compartment goes with one file: a folder's weights are released as a whole")
     with _progress("seal", _size(model)) as progress:
-        digest = sealed.seal_file(
+        digest = (sealed.seal_folder if folder else sealed.seal_file)(
             model, output, recipients=to, sign=SigningKey.load(sign_file), model_id=model_id, epoch=epoch,
-            previous=sealed.public_facts(previous).digest if previous else None,
-            suite=_SUITES[suite] if suite else None, compartments=globs or None, progress=progress,
+            previous=sealed.public_facts(manifest_of(previous)).digest if previous else None,
+            suite=_SUITES[suite] if suite else None, progress=progress, **options,
         )  # fmt: skip
     if len(to) == 1 and isinstance(to[0], Recipient):
         click.echo("isolate: warning: one recipient only: who loses that key loses the model", err=True)
@@ -167,28 +181,29 @@ def seal(
 
 
 @click.command("unseal")
-@click.argument("file", metavar="F.sealed")
+@click.argument("file", metavar="F.sealed|DIR|URL")
 @click.option("-i", "--identity", "identities", multiple=True, metavar="F", help="A key file (repeat).")
 @click.option("--passphrase-file", metavar="F", help="The passphrase is the first line of F (- asks).")
 @click.option("--signed-by", type=_Signer(), metavar="KEY", help="Who must have sealed it.")
 @click.option("--expect", metavar="HEX", help="The digest that it must have.")
 @click.option("--epoch", type=click.IntRange(0), help="The least epoch that it must have (with --signed-by).")
-@click.option("-o", "--output", required=True, metavar="F", help="The plain safetensors file, mode 0600.")
+@click.option("-o", "--output", required=True, metavar="F", help="The plain file or folder, mode 0600.")
 def unseal(
     file: str, identities: tuple[str, ...], passphrase_file: str | None, signed_by: str | None, expect: str | None,
     epoch: int | None, output: str,
 ) -> None:  # fmt: skip
-    """Open a sealed file into a plain one. Refused means that nothing is written."""
+    """Open a sealed file or folder into a plain one. Refused means that nothing is written."""
     who = _identities(identities, passphrase_file)
-    with _progress("unseal", _size(file)) as progress:
-        sealed.unseal_file(
+    folder = is_folder(file)
+    with _progress("unseal", None if folder else _size(file)) as progress:
+        (sealed.unseal_folder if folder else sealed.unseal_file)(
             file, output, identity=_Any(who), signed_by=signed_by, expect=_expect(expect, epoch), progress=progress
         )
     click.echo(f"opened {file} into {output}")
 
 
 @click.command("inspect")
-@click.argument("file", metavar="F.sealed")
+@click.argument("file", metavar="F.sealed|DIR|URL")
 @click.option("-i", "--identity", "identities", multiple=True, metavar="F", help="Show the tensors too.")
 @click.option("--passphrase-file", metavar="F", help="The passphrase is the first line of F (- asks).")
 @click.option("--signed-by", type=_Signer(), metavar="KEY", help="Who must have sealed it.")
@@ -203,6 +218,7 @@ def inspect(
     Reads header and footer, not the data. Without --signed-by or --expect nothing says who sealed it.
     """
     pins: dict[str, Any] = {"signed_by": signed_by, "expect": _expect(expect, None)}
+    file = str(manifest_of(file))
     body: dict[str, Any]
     if identities or passphrase_file:
         who = _Any(_identities(identities, passphrase_file))
@@ -246,7 +262,7 @@ def _public(facts: sealed.PublicFacts) -> dict[str, Any]:
 
 
 @click.command("rewrap")
-@click.argument("file", metavar="F.sealed")
+@click.argument("file", metavar="F.sealed|DIR|URL")
 @click.option("-i", "--identity", "identities", multiple=True, metavar="F", help="A key file that opens it now.")
 @click.option("--passphrase-file", metavar="F", help="The passphrase that opens it now (- asks).")
 @click.option("-r", "--recipient", "recipients", multiple=True, metavar="R", help="Who can open it from now on.")
@@ -257,6 +273,7 @@ def rewrap(
 ) -> None:  # fmt: skip
     """Replace the recipients, in place. Data, digest and signature stay; who held the key still holds it."""
     who = _identities(identities, passphrase_file)
+    file = str(manifest_of(file))
     sealed.rewrap(file, identity=_Any(who), recipients=_recipients(recipients, to_passphrase_file))
     facts = sealed.public_facts(file)
     click.echo(f"rewrapped {file} for {len(facts.slot.stanzas)} recipients, generation {facts.generation}")

@@ -39,6 +39,7 @@ class Label(StrEnum):
     SEALED_TABLE = "isolate/v1/sealed/table"
     SEALED_CHUNKS = "isolate/v1/sealed/chunks"
     SEALED_PASSPHRASE = "isolate/v1/sealed/passphrase"
+    SEALED_FOLDER = "isolate/v1/sealed/folder"
     CHANNEL_EXPORTER = "isolate/v1/channel/exporter"
     CHANNEL_APPLICATION = "isolate/v1/channel/application"
     CHANNEL_REKEY = "isolate/v1/channel/rekey"

@@ -10,6 +10,7 @@ docs/spec/sealed-file.md is the format.
 """
 
 from isolate.sealed.directory import Epoch, PublicFacts
+from isolate.sealed.folder import SealedFolder, open_folder, seal_folder, unseal_folder
 from isolate.sealed.keys import CompartmentKeys, FileKey
 from isolate.sealed.reader import SealedReader, check_origin, public_facts
 from isolate.sealed.recipients import KeyWrapper, Passphrase, Unlocker, compartment_keys, open_file_key
@@ -24,6 +25,7 @@ __all__ = [
     "KeyWrapper",
     "Passphrase",
     "PublicFacts",
+    "SealedFolder",
     "SealedReader",
     "SealedWriter",
     "Unlocker",
@@ -31,10 +33,13 @@ __all__ = [
     "compartment_keys",
     "load_file",
     "open_file_key",
+    "open_folder",
     "public_facts",
     "rewrap",
     "safe_open",
     "save_file",
     "seal_file",
+    "seal_folder",
     "unseal_file",
+    "unseal_folder",
 ]
