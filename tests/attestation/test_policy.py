@@ -81,7 +81,7 @@ def test_every_field_is_part_of_the_id() -> None:
 
 def test_the_example_of_the_specification_is_a_policy() -> None:
     text = (Path(__file__).parents[2] / "docs" / "spec" / "evidence.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (example,) = re.findall(r"```toml\n(format = \"isolate/policy.*?)```", text, re.DOTALL)
     policy = Policy.from_toml(example)
     assert [one.name for one in policy.references] == ["trainer 1.4", "trainer 1.5"]
     assert (
