@@ -131,6 +131,11 @@ def from_buffer(raw: np.ndarray[Any, Any], dtype: str, shape: Sequence[int], fra
     """The tensor over ``raw`` (uint8, one-dimensional), without a copy. Raises UsageError or MissingExtra."""
     if framework == "np":
         return raw.view(numpy_dtype(dtype)).reshape(storage_shape(dtype, shape))
+    return torch_view(load_torch().from_numpy(raw), dtype, shape)
+
+
+def torch_view(raw: Any, dtype: str, shape: Sequence[int]) -> Any:
+    """The same over a torch tensor (uint8, one-dimensional) on any device. Raises UsageError."""
     torch = load_torch()
     kind = getattr(torch, _TORCH.get(dtype, ""), None)
     if kind is None:
@@ -138,8 +143,8 @@ def from_buffer(raw: np.ndarray[Any, Any], dtype: str, shape: Sequence[int], fra
     if dtype == "F4":
         shape = (*shape[:-1], shape[-1] // 2)
     if not math.prod(shape):
-        return torch.empty(tuple(shape), dtype=kind)
-    return torch.from_numpy(raw).view(kind).reshape(tuple(shape))
+        return torch.empty(tuple(shape), dtype=kind, device=raw.device)
+    return raw.view(kind).reshape(tuple(shape))
 
 
 def load_torch() -> Any:

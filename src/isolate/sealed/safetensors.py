@@ -28,6 +28,7 @@ from isolate.crypto.aead import Suite
 from isolate.crypto.secret import wipe
 from isolate.crypto.signing import SigningKey, VerifyingKey
 from isolate.errors import MalformedError, UsageError
+from isolate.sealed.device import check_device, stage
 from isolate.sealed.directory import Epoch
 from isolate.sealed.dtypes import FRAMEWORKS, from_buffer, load_torch, numpy_dtype, storage_shape
 from isolate.sealed.plain import PlainFile, write_header
@@ -99,9 +100,10 @@ class safe_open:
         if framework not in FRAMEWORKS:
             raise UsageError(f"framework= is one of {', '.join(FRAMEWORKS)}")
         self._framework = FRAMEWORKS[framework]
-        self._device = device
+        self._device, self._staged = device, False
         if self._framework == "pt":
             load_torch()
+            self._staged = check_device(device)
         elif device != "cpu":
             raise UsageError("numpy arrays stand on the CPU; device= goes with framework='pt'")
         self._reader = SealedReader(
@@ -133,6 +135,8 @@ class safe_open:
     def get_tensors(self, names: Iterable[str] | None = None) -> dict[str, Any]:
         """Read several, or all: a chunk that they share is decrypted once."""
         wanted = self.offset_keys() if names is None else list(names)
+        if self._staged:
+            return stage(self._reader, wanted, self._device)
         raw = self._reader.read_many(wanted)
         return {name: self._finish(raw[name], self._reader.place(name)) for name in wanted}
 
