@@ -84,14 +84,13 @@ def find(needles: Iterable[Needle], haystack: bytes) -> list[Needle]:
 
 
 def search(
-    needles: list[Needle], folders: Iterable[Path], public: Mapping[str, Path]
-) -> tuple[int, int, Iterator[tuple[Path, Needle]]]:
-    """Search every file below ``folders``: how many files, how many bytes, and what was found where.
+    needles: list[Needle], files: Iterable[Path], public: Mapping[str, Path]
+) -> tuple[int, list[tuple[Path, Needle]]]:
+    """Search files whole: how many bytes there were, and what was found where.
 
     ``public`` maps paths inside a runtime snapshot to the installed files they are copies of: a file that is equal
     to the public one is compared, and not searched.
     """
-    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     hits: list[tuple[Path, Needle]] = []
     total = 0
     for path in files:
@@ -103,7 +102,7 @@ def search(
         except FileNotFoundError:
             # In the machine's temporary folder other programs come and go.
             continue
-    return len(files), total, iter(hits)
+    return total, hits
 
 
 def _tails(path: Path) -> Iterator[str]:

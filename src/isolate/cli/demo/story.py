@@ -402,13 +402,13 @@ class Story:
             past == 0 and len(pids) == carried,
             f"{carried} connections, all through the recorder, {past} past it",
         )
-        folders = [self.world.operator, self.world.platform, *self.world.shared_folders()]
-        files, total, hits = search(needles, folders, runtime_files())
+        files = self.world.traces()
+        total, hits = search(needles, files, runtime_files())
         found = sorted({f"{needle.secret} as {needle.form} in {path.name}" for path, needle in hits})
         self.expect(
             "operator_saw_nothing",
             not found,
-            f"{len(needles)} traces looked for in {files} files, {total / 1e6:.0f} MB: "
+            f"{len(needles)} traces looked for in {len(files)} files, {total / 1e6:.0f} MB: "
             + ("; ".join(found[:4]) or "none found"),
         )
         missed = [

@@ -25,6 +25,7 @@ from isolate.launch.supervisor import Enclave, Host
 
 APPS = Path(__file__).parent / "apps"
 PREFIX = "isolate-demo-"  # of the demo's folder in the machine's temporary folder
+MAX_FOREIGN = 64 * 1024 * 1024  # bytes
 ROUTES = ("service", "platform", "gradients", "invoke")
 
 
@@ -43,7 +44,7 @@ class World:
         self.assets, self.logs, self.record, self.wire, self.temporary = (
             self._folder(self.operator / name) for name in ("assets", "logs", "record", "wire", "tmp")
         )
-        self._root, self._began = root, root.stat().st_mtime
+        self._began = root.stat().st_mtime
         self._sockets = self._folder(root / "sockets")
         self._processes: list[subprocess.Popen[str]] = []
         self.host = Host(self.address("platform"), logs=self.logs)
@@ -141,15 +142,24 @@ class World:
         """The owner gives the operator a file to keep."""
         return Path(shutil.copyfile(path, self.assets / path.name))
 
-    def shared_folders(self) -> list[Path]:
-        """Shared memory, and what changed in the machine's temporary folder since the demo began, but for the
-        folders of other demos that run beside this one."""
-        found = [Path("/dev/shm")]  # noqa: S108 (searched, not written)
-        for path in Path(tempfile.gettempdir()).iterdir():
-            with contextlib.suppress(OSError):
-                other = path == self._root or path.name.startswith(PREFIX)
-                if not other and path.stat().st_uid == os.getuid() and path.stat().st_mtime >= self._began:
-                    found.append(path)
+    def traces(self) -> list[Path]:
+        """Every file that the operator has, and what anybody made since the demo began in shared memory or in the
+        machine's temporary folder.
+
+        Of those two, files over 64 MiB and the folders of demos that run beside this one are left out: this demo
+        makes neither, and other programs do.
+        """
+        found = [path for root in (self.operator, self.platform) for path in _files(root, 0)]
+        for root in (Path("/dev/shm"), Path(tempfile.gettempdir())):  # noqa: S108 (searched, not written)
+            for path in _files(root, self._began, skip=PREFIX):
+                with contextlib.suppress(OSError):
+                    status = path.stat()
+                    if (
+                        status.st_mtime >= self._began
+                        and status.st_size <= MAX_FOREIGN
+                        and os.access(path, os.R_OK)
+                    ):
+                        found.append(path)
         return found
 
     def connections(self) -> tuple[dict[str, Any], list[int]]:
@@ -186,6 +196,18 @@ class World:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
+
+
+def _files(root: Path, since: float, *, skip: str | None = None) -> list[Path]:
+    """The regular files below ``root`` in folders that changed since then, but for folders that begin so."""
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        if skip is not None:
+            folders[:] = [name for name in folders if not name.startswith(skip)]
+        with contextlib.suppress(OSError):
+            if Path(folder).stat().st_mtime >= since:
+                found += [path for name in names if (path := Path(folder, name)).is_file()]
+    return found
 
 
 def _piped(pipe: IO[str] | None) -> IO[str]:
