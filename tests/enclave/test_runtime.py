@@ -266,14 +266,15 @@ class FakeListener:
 class FakeChannel:
     binding = BINDING
 
-    def __init__(self, *messages: bytes, delay: float = 0) -> None:
-        self.messages, self.sent, self.closed, self.delay = list(messages), list[bytes](), False, delay
+    def __init__(self, *messages: bytes, silent: threading.Event | None = None) -> None:
+        self.messages, self.sent, self.closed, self.silent = list(messages), list[bytes](), False, silent
 
     def fileno(self) -> int:
         return 0
 
     def recv_into(self, buffer: bytearray) -> int:
-        time.sleep(self.delay)
+        if self.silent is not None:
+            self.silent.wait(30)
         if not self.messages:
             raise ChannelTruncated("gone")
         message = self.messages.pop(0)
@@ -296,18 +297,20 @@ def test_silent_and_refused_clients_keep_nobody_else_out(
 ) -> None:
     client = Client(realm)
     good = FakeChannel(client.request(echo, {"number": 7}))
-    silent = [FakeChannel(delay=2) for _ in range(MAX_CLIENTS // 2)]
+    patience = threading.Event()
+    silent = [FakeChannel(silent=patience) for _ in range(MAX_CLIENTS // 2)]
     refused = [HandshakeRefused("no"), ServiceUnavailable("no renewal now")] * 3
     monkeypatch.setattr("isolate.enclave.runtime.peer_pid", lambda _: 1)
     listener = FakeListener(*refused, *silent, good)
     monkeypatch.setattr(server._workload, "listen", lambda *_, **__: listener)
     thread = threading.Thread(target=server.run)
     thread.start()
-    end = time.monotonic() + 1.5
+    end = time.monotonic() + 20
     while not good.closed and time.monotonic() < end:
         time.sleep(0.02)
     assert good.closed
     assert not any(one.closed for one in silent)
     assert [Reply.parse(one).value for one in good.sent] == [7]
-    thread.join(10)
+    patience.set()
+    thread.join(20)
     assert all(one.closed for one in silent)
