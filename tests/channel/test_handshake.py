@@ -11,7 +11,7 @@ from attrs import evolve
 
 from isolate.attestation.evidence import instance_id
 from isolate.channel import AttestedPeer, Expect, Handshake, Holder, HolderPeer, Session
-from isolate.channel.handshake import MAX_FRAME, TABLE, Event, State, frame, refusal
+from isolate.channel.handshake import MAX_FRAME, TABLE, Event, State, Terms, frame, refusal
 from isolate.channel.record import HEADER
 from isolate.crypto.aead import Suite
 from isolate.crypto.signing import SigningKey
@@ -184,8 +184,12 @@ def test_the_hello_cannot_be_bent(world: Any, shake: Shake, place: int) -> None:
     """Suite and profile are asked for in the clear: a change of any byte is a refusal, never a weaker channel."""
     for value in range(4):
         one, other = world.pair()
+        travelled = []
 
-        def between(number: int, header: bytes, body: bytes, value: int = value) -> list[tuple[bytes, bytes]]:
+        def between(
+            number: int, header: bytes, body: bytes, value: int = value, travelled: list[int] = travelled
+        ) -> list[tuple[bytes, bytes]]:
+            travelled.append(number)
             if number == 0:
                 body = body[:place] + bytes([body[place] ^ (value + 1)]) + body[place + 1 :]
             return [(header, body)]
@@ -193,6 +197,21 @@ def test_the_hello_cannot_be_bent(world: Any, shake: Shake, place: int) -> None:
         with pytest.raises(HandshakeRefused):
             shake(one, other, between)
         assert not one.done and not other.done
+        # Noticed by the transcript itself, before anything is shown.
+        assert len(travelled) <= 2
+
+
+def test_terms_other_than_committed_are_refused(world: Any, shake: Shake) -> None:
+    one, other = world.pair()
+
+    def between(number: int, header: bytes, body: bytes) -> list[tuple[bytes, bytes]]:
+        if number == 0:
+            one._terms = Terms(bytes(32), "job", "", 1, "acme/train", 0, False).encode()
+        return [(header, body)]
+
+    with pytest.raises(HandshakeRefused) as refused:
+        shake(one, other, between)
+    assert refused.value.code == "wrong_terms"
 
 
 def test_a_peer_end_takes_no_client_and_misfits_are_told(world: Any, shake: Shake) -> None:
@@ -361,6 +380,50 @@ def test_stolen_token_without_the_signing_key_is_refused(world: Any, shake: Shak
     with pytest.raises(HandshakeRefused) as refused:
         shake(one, other)
     assert refused.value.code == "key_not_attested"
+
+
+class Impostor:
+    """Shows somebody's verifying key, and signs with another."""
+
+    def __init__(self, shown: SigningKey) -> None:
+        self.verifying_key = shown.verifying_key
+        self.sign = SigningKey.generate().sign
+
+
+@pytest.mark.threat("CHAN-16")
+@pytest.mark.parametrize("profile", ["peer", "client"])
+def test_the_key_that_is_shown_must_sign(world: Any, shake: Shake, profile: str) -> None:
+    """Token, keys and static key are genuine; the signature is somebody else's."""
+    if profile == "peer":
+        identity = world.attested(0)
+        object.__setattr__(identity, "sign", Impostor(identity.sign))
+        one, other = Handshake(initiator=True, identity=identity, expect=world.expect(1)), world.pair()[1]
+    else:
+        one, other = world.client_pair(Impostor(SigningKey.generate()))
+    with pytest.raises(HandshakeRefused) as refused:
+        shake(one, other)
+    assert refused.value.code == {"peer": "signature_refused", "client": "holder_refused"}[profile]
+
+
+@pytest.mark.threat("CHAN-15")
+def test_what_was_shown_in_an_older_session_is_refused(world: Any, shake: Shake) -> None:
+    """The static key was stolen, and a SHOW of an older session was seen in the clear: still not this session."""
+    identity = world.attested(0)
+    options = {"initiator": True, "identity": identity, "expect": world.expect(1)}
+    older = Handshake(**options)
+    shake(older, world.pair()[1])
+    replay, target = Handshake(**options), world.pair()[1]
+
+    def between(number: int, header: bytes, body: bytes) -> list[tuple[bytes, bytes]]:
+        if number == 3:
+            replay._outgoing.nonce = 0
+            body = replay._outgoing.encrypt(b"", older._shown_first)
+            header = HEADER.pack(Event.SHOW, 0, 0, len(body))
+        return [(header, body)]
+
+    with pytest.raises(HandshakeRefused) as refused:
+        shake(replay, target, between)
+    assert refused.value.code == "signature_refused"
 
 
 @pytest.mark.threat("CHAN-17")

@@ -130,6 +130,18 @@ def test_impossible_counters(
     assert got == [bytes([number]) * 1000 for number in range(len(got))]
 
 
+@pytest.mark.parametrize("value", [1, ring.CAPACITY + 11, 2**63, 2**64 - 1])
+def test_a_counter_out_of_reach_is_refused(value: int) -> None:
+    lane = ring._Lane(memoryview(bytearray(ring.SIZE)), 0)
+    lane.count = 10
+    lane.counters.set(0, value)
+    lane.counters.set(1, value if value > 1 else 11)
+    with pytest.raises(RecordRefused):
+        lane.readable()
+    with pytest.raises(RecordRefused):
+        lane.writable()
+
+
 def test_a_slow_reader_holds_the_writer_and_a_dead_one_ends_it(linked: tuple[Channel, Channel]) -> None:
     one, other = linked
     one._wire.timeout = 0.2  # type: ignore[attr-defined]

@@ -67,7 +67,8 @@ def test_a_newer_token_renews_the_session(world: Any, sides: Make) -> None:
 
 @pytest.mark.threat("CHAN-22")
 @pytest.mark.parametrize(
-    "case", ["another instance", "another record", "a stale token", "another rank", "a stranger"]
+    "case",
+    ["another instance", "more keys than before", "another record", "a stale token", "another rank", "a stranger"],
 )
 def test_a_renewal_that_is_not_genuine_ends_the_session(world: Any, sides: Make, case: str) -> None:
     mine = world.attested(0)
@@ -77,6 +78,11 @@ def test_a_renewal_that_is_not_genuine_ends_the_session(world: Any, sides: Make,
     number = both.one._sealer.sequence
     if case == "another instance":
         standing._identity = world.attested(0)
+    elif case == "more keys than before":
+        # The same two keys in another set: another instance, by name.
+        public = {"channel": mine.curve.public, "sign": mine.sign.verifying_key.to_bytes()}
+        fewer = evolve(mine, keys=KeyDigests.of(public))
+        standing._identity = evolve(fewer, token=world.renewed(fewer))
     elif case == "another record":
         number += 1
     elif case == "a stale token":
