@@ -6,6 +6,7 @@ that the check that is meant is the one that refuses. The stages are those of do
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import cbor2
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from isolate import Epoch, Identity, SigningKey, sealed
 from isolate.crypto import cbor
 from isolate.crypto.signing import Purpose
-from isolate.errors import IsolateError, NotSealed
+from isolate.errors import IsolateError, NotSealed, RefusedError
 from isolate.sealed import layout
 from isolate.sealed.recipients import Passphrase
 from isolate.sealed.stores import MemorySink, MemorySource
@@ -460,6 +463,26 @@ def test_a_failed_read_wipes_what_it_had_decrypted(
         with pytest.raises(IsolateError):
             reader.fill({"encoder": [Piece(0, memoryview(target))]})
         assert not any(target)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_random_damage_is_refused_and_never_another_error(seal: Callable[..., bytes], data: Any) -> None:
+    """Parts cut out, put in, doubled and overwritten, in what anyone can read."""
+    raw = bytearray(seal({"a": np.zeros(3)}))
+    for _ in range(data.draw(st.integers(1, 3))):
+        base = data.draw(st.sampled_from([0, 16, 20, 60, 28672, 61440, 65536, len(raw) - 16]))
+        at = base + data.draw(st.integers(-9, 900))
+        at = max(0, min(at, len(raw)))
+        stop = min(len(raw), at + data.draw(st.integers(0, 40)))
+        new = data.draw(st.one_of(st.binary(max_size=40), st.just(bytes(raw[at:stop]) * 2)))
+        raw[at:stop] = new
+    with contextlib.suppress(RefusedError):
+        sealed.public_facts(MemorySource(raw))
+    facts = sealed.public_facts(MemorySource(seal({"a": np.zeros(3)})))
+    for header, directory in ((raw[:900], facts.directory), (facts.header, bytes(raw[-6400:-16]))):
+        with contextlib.suppress(RefusedError):
+            sealed.PublicFacts.parse(bytes(header), directory)
 
 
 def test_a_passphrase_is_not_tried_before_the_origin(assemble: Callable[..., Any], stranger: SigningKey) -> None:

@@ -331,7 +331,7 @@ def test_a_reader_serves_many_threads(seal: Seal, owner: SigningKey, identity: I
         for worker in workers:
             worker.join()
     assert wrong == []
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="closed"):
         reader.read("t0")
 
 

@@ -159,6 +159,7 @@ class SealedReader:
         self._threads = threads or default_threads()
         self._tags_only = tags_only
         self._failure: type[IsolateError] | None = None
+        self._closed = False
         self._compartments: dict[str, _Compartment] = {}
         self.places: dict[str, Place] = {}
         self.metadata: Mapping[str, str] = {}
@@ -216,6 +217,8 @@ class SealedReader:
 
         Raises Tampered or StorageError; then every target is wiped, and this reader refuses from there on.
         """
+        if self._closed:
+            raise UsageError("this file was closed")
         if self._failure is not None:
             raise self._failure("chunk: an earlier read of this file failed; nothing more is read from it")
         try:
@@ -233,7 +236,7 @@ class SealedReader:
         """Forget the keys and close the source."""
         for compartment in self._compartments.values():
             compartment.cipher.wipe()
-        self._failure = self._failure or UsageError
+        self._closed = True
         self._source.close()
 
     def __enter__(self) -> Self:
