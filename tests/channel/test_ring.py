@@ -142,6 +142,21 @@ def test_a_counter_out_of_reach_is_refused(value: int) -> None:
         lane.writable()
 
 
+def test_counters_are_never_seen_half_written() -> None:
+    """struct.pack_into would show zeros in between, and the reader would take the peer for a liar."""
+    counters, stop, seen = ring.Counters(memoryview(mmap.mmap(-1, 4096))[:512]), [], set()
+    counters.set(0, 2**40)
+    child = os.fork()
+    if child == 0:
+        for turn in range(300_000):
+            counters.set(0, 2**40 + turn)
+        os._exit(0)
+    while not stop:
+        seen.update(counters.get(0) >> 40 for _ in range(1000))
+        stop = [True] if os.waitpid(child, os.WNOHANG)[0] else []
+    assert seen == {1}
+
+
 def test_a_slow_reader_holds_the_writer_and_a_dead_one_ends_it(linked: tuple[Channel, Channel]) -> None:
     one, other = linked
     one._wire.timeout = 0.2  # type: ignore[attr-defined]

@@ -65,11 +65,13 @@ def test_a_newer_token_renews_the_session(world: Any, sides: Make) -> None:
     both.other.standing.look()
 
 
+RENEWALS = [
+    "another instance", "more keys than before", "another record", "a stale token", "another rank", "a stranger",
+]  # fmt: skip
+
+
 @pytest.mark.threat("CHAN-22")
-@pytest.mark.parametrize(
-    "case",
-    ["another instance", "more keys than before", "another record", "a stale token", "another rank", "a stranger"],
-)
+@pytest.mark.parametrize("case", RENEWALS)
 def test_a_renewal_that_is_not_genuine_ends_the_session(world: Any, sides: Make, case: str) -> None:
     mine = world.attested(0)
     tokens = [mine.token]

@@ -1,7 +1,7 @@
 """Channels through shared memory, between processes of one host (docs/spec/channel.md, 8).
 
     >>> from isolate.channel.ring import CAPACITY, Counters
-    >>> counters = Counters(memoryview(bytearray(128)))
+    >>> counters = Counters(memoryview(bytearray(512)))
     >>> counters.set(0, 7)
     >>> counters.get(0), CAPACITY
     (7, 2097152)
@@ -20,7 +20,6 @@ import mmap
 import os
 import select
 import socket
-import struct
 import time
 from typing import Any
 
@@ -33,7 +32,6 @@ PAGE = 4096  # of counters, before the two rings
 SIZE = PAGE + 2 * CAPACITY
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _LINE = 128  # bytes between two counters, so that no two share a cache line (or a pair of them)
-_WORD = struct.Struct("@Q")
 # A wake-up can be lost, since Python has no memory fence: nobody sleeps longer than this without looking again.
 _NAP = 0.02  # seconds
 _SPINS = 200  # looks before sleeping
@@ -43,19 +41,22 @@ _WRITTEN, _READ, _READER_SLEEPS, _WRITER_SLEEPS = 0, 1, 2, 3
 
 
 class Counters:
-    """64-bit words in shared memory, each in its own cache line."""
+    """64-bit words in shared memory, each in its own cache line.
 
-    __slots__ = ("_view",)
+    As items of a memoryview, which are stored at once: struct.pack_into writes zeros first, and the other side
+    would see them.
+    """
+
+    __slots__ = ("_words",)
 
     def __init__(self, view: memoryview) -> None:
-        self._view = view
+        self._words = view.cast("Q")
 
     def get(self, place: int) -> int:
-        value: int = _WORD.unpack_from(self._view, place * _LINE)[0]
-        return value
+        return self._words[place * (_LINE // 8)]
 
     def set(self, place: int, value: int) -> None:
-        _WORD.pack_into(self._view, place * _LINE, value)
+        self._words[place * (_LINE // 8)] = value
 
 
 class _Lane:
