@@ -39,7 +39,7 @@ def test_the_plot_is_an_svg_that_says_every_figure(tmp_path: Path) -> None:
     draw(BODY, str(tmp_path / "a.svg"), title="isolate bench channels")
     text = (tmp_path / "a.svg").read_text(encoding="utf-8")
     assert text.startswith("<?xml") and "isolate bench channels" in text
-    for part in ("tcp 1 MiB", "0.90", "1.30", "0.4", "a CPU"):
+    for part in ("TCP 1 MiB", "0.90", "1.30", "0.4", "a CPU"):
         assert part in text
     draw(BODY, str(tmp_path / "b.svg"), title="isolate bench channels")
     assert (tmp_path / "b.svg").read_text(encoding="utf-8") == text

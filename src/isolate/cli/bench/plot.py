@@ -4,7 +4,7 @@ Ratios (names with ``_vs_``) are bars from the line "as fast as the other", on a
 and twice as much are the same distance. What is no ratio stands as a line of text below.
 
     >>> label("tcp_1mib_vs_tls13")
-    'tcp 1 MiB · against TLS 1.3'
+    'TCP 1 MiB · against TLS 1.3'
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from isolate.errors import MissingExtra, StorageError
 
 BETTER, WORSE, INK, FAINT = "#1b7f79", "#c8553d", "#22303c", "#8a97a3"
 _WORDS = {"tls13": "TLS 1.3", "mtls": "mutual TLS", "plain": "plain", "memcpy_ring": "a memcpy ring", "gcm": "GCM"}
+_PLAINLY = {"tcp": "TCP", "unix": "Unix", "shm": "shared memory", "rtt": "round trip", "tls": "TLS", "gb": "GB"}
 # A figure with one of these in its name is a time or a cost: less is better.
 _LESS_IS_BETTER = ("rtt", "handshake", "latency", "time", "overhead", "cpu", "seconds", "cost")
 
@@ -28,6 +29,7 @@ def label(figure: str) -> str:
     text = re.sub(r"(\d+)_?mib", r"\1 MiB", ours.replace("aes_gcm", "AES-GCM"))
     text = re.sub(r"(\d+)_?kib", r"\1 KiB", text)
     text = re.sub(r"(\d+)b\b", r"\1 B", text).replace("_", " ")
+    text = " ".join(_PLAINLY.get(word, word) for word in text.split())
     return f"{text} · against {_WORDS.get(theirs, theirs.replace('_', ' '))}" if theirs else text
 
 
@@ -61,10 +63,11 @@ def draw(body: Mapping[str, Any], path: str, title: str) -> None:
     with matplotlib.rc_context(style):
         canvas, axis = pyplot.subplots(figsize=(9, height))
         bottom = (0.55 + 0.22 * len(others)) / height
-        canvas.subplots_adjust(left=0.36, right=0.93, top=1 - 0.85 / height, bottom=bottom)
+        left = 0.06 + 0.0075 * max([len(label(name)) for name, _ in ratios], default=20)
+        canvas.subplots_adjust(left=left, right=0.93, top=1 - 0.85 / height, bottom=bottom)
         axis.set_xscale("log", base=2)
         values = [value for _, value in ratios] or [1.0]
-        axis.set_xlim(min(0.5, *values, 1) / 1.25, max(2.0, *values, 1) * 1.45)
+        axis.set_xlim(min(0.5, *values, 1) / 1.45, max(2.0, *values, 1) * 1.45)
         axis.set_ylim(rows - 0.4, -0.6)
         for row, (name, value) in enumerate(ratios):
             colour = BETTER if better(name, value) else WORSE
@@ -88,6 +91,8 @@ def draw(body: Mapping[str, Any], path: str, title: str) -> None:
             f"{machine.get('cpu', '')}, {machine.get('cores', '?')} cores · {body.get('rounds', '?')} paired rounds"
         )
         canvas.text(0.03, 1 - 0.32 / height, title, fontsize=14, fontweight="bold", color=INK, va="center")
+        canvas.text(0.97, 1 - 0.60 / height, "better", fontsize=9, color=BETTER, va="center", ha="right")
+        canvas.text(0.91, 1 - 0.60 / height, "worse", fontsize=9, color=WORSE, va="center", ha="right")
         canvas.text(0.03, 1 - 0.60 / height, about, fontsize=9, color=FAINT, va="center")
         for row, line in enumerate(others):
             canvas.text(0.03, (0.22 * (len(others) - row) - 0.08) / height, line, fontsize=9, color=FAINT)
