@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,17 @@ def test_a_fault_that_stays_is_a_typed_error_and_never_wrong_bytes(
         source.close()
 
 
+@pytest.mark.parametrize(("covered", "data"), [((1, 5), b"abcd"), ((0, 4), b"abc"), ((0, 3), b"abc")])
+def test_a_library_that_lets_another_range_through(
+    covered: tuple[int, int], data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """obstore refuses such answers itself; this check stands behind it."""
+    answer = SimpleNamespace(range=covered, bytes=lambda: data)
+    monkeypatch.setattr(obstore, "get", lambda *args, **options: answer)
+    with pytest.raises(StorageError, match="another range"):
+        ObjectFolder.open("memory://ranges").get("name", 0, 4)
+
+
 @pytest.mark.threat("SEAL-41")
 def test_an_object_that_is_replaced_while_it_is_read(
     bucket: Bucket, stored: str, identity: Any, owner: Any, model: Any
@@ -256,6 +268,13 @@ def test_wrong_credentials(nanio: Any, credentials: Any, monkeypatch: pytest.Mon
         sealed.public_facts("s3://models/model.sealed")
     assert caught.value.__cause__ is None
     assert "must-not" not in str(caught.value)
+
+
+def test_an_environment_that_says_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_CONNECTION_STRING"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(StorageError, match="environment"):
+        sealed.public_facts("az://container/model.sealed")
 
 
 @pytest.mark.threat("SEAL-42")

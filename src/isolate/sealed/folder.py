@@ -58,13 +58,14 @@ from isolate.sealed.folder_manifest import (
 from isolate.sealed.layout import KEY_SIZE
 from isolate.sealed.objects import ObjectFolder, is_url
 from isolate.sealed.plain import PlainFile
-from isolate.sealed.reader import SealedReader
+from isolate.sealed.reader import Piece, SealedReader
 from isolate.sealed.recipients import AnyIdentity, AnyRecipient
 from isolate.sealed.safetensors import safe_open, seal_file, unseal_file
-from isolate.sealed.stores import FileSink, FileSource, PathLike, Source, storage_error, sync_folder
+from isolate.sealed.stores import FileSink, FileSource, PathLike, Sink, Source, storage_error, sync_folder
 from isolate.sealed.writer import Progress, SealedWriter
 
 _WEIGHTS = ".safetensors"
+_BATCH = 16 << 20  # bytes of plaintext at once, when a file is copied
 _MAX_JSON = 1 << 26  # bytes of an index or a config
 # What libraries call the files of a tokenizer.
 _TOKENIZER = (
@@ -293,6 +294,20 @@ class SealedFolder:
             raise UsageError(f"no file {name[:80]!r} in what this identity can open")
         return self._reader.read(FILE_PREFIX + name).tobytes()
 
+    def copy(self, name: str, sink: Sink) -> None:
+        """Write one of ``files`` into ``sink``, a piece at a time."""
+        if name not in self.files:
+            raise UsageError(f"no file {name[:80]!r} in what this identity can open")
+        place = self._reader.place(FILE_PREFIX + name)
+        batch = memoryview(bytearray(min(_BATCH, place.entry.size)))
+        try:
+            for start in range(0, place.entry.size, _BATCH):
+                part = batch[: min(_BATCH, place.entry.size - start)]
+                self._reader.fill({place.compartment: [Piece(place.start + start, part)]})
+                sink.write(part)
+        finally:
+            wipe(batch)
+
     def json(self, name: str) -> Any:
         """One file, as JSON. Raises MalformedError."""
         raw = self.read(name)
@@ -467,7 +482,7 @@ def unseal_folder(source: PathLike, target: PathLike, *, progress: Progress | No
         for name in folder.files:
             sink = FileSink(root / name, mode=0o600)
             try:
-                sink.write(folder.read(name))
+                folder.copy(name, sink)
                 sink.commit()
             finally:
                 sink.abort()

@@ -154,8 +154,11 @@ class ObjectFolder:
             "retry_config": {"max_retries": self.retries, "retry_timeout": 2 * limit},
         }  # fmt: skip
         kinds = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}
-        with _errors(f"cannot reach {place}"):
+        try:
             self.store = kinds[place.scheme](place.bucket, **options)
+        except (_obstore().exceptions.BaseError, ValueError, TypeError):
+            why = "the environment does not say enough: account, region, endpoint or credentials"
+            raise StorageError(f"cannot reach {place}: {why}") from None
 
     @classmethod
     def open(cls, url: str, **options: Any) -> Self:
