@@ -26,8 +26,8 @@ def confidence(view, image):
 
 @operation(inputs={}, output=Label(10))
 def weights(view):
-    """A careless operation: it answers the weights. The declared type is what keeps them in."""
-    return (view["w1"] * 2**20).astype(int).tolist()
+    """A careless operation: it answers weights. The declared type is what keeps them in."""
+    return (view["w1"][32, :16] * 2**20).astype(int).tolist()
 
 
 OPERATIONS = [classify, confidence, weights]
