@@ -63,7 +63,7 @@ def draw(body: Mapping[str, Any], path: str, title: str) -> None:
     with matplotlib.rc_context(style):
         canvas, axis = pyplot.subplots(figsize=(9, height))
         bottom = (0.55 + 0.22 * len(others)) / height
-        left = 0.06 + 0.0075 * max([len(label(name)) for name, _ in ratios], default=20)
+        left = 0.05 + 0.0086 * max([len(label(name)) for name, _ in ratios], default=20)
         canvas.subplots_adjust(left=left, right=0.93, top=1 - 0.85 / height, bottom=bottom)
         axis.set_xscale("log", base=2)
         values = [value for _, value in ratios] or [1.0]
