@@ -36,17 +36,24 @@ def answer(status: str, body: dict[str, str]) -> bytes:
     return head.encode() + raw
 
 
+@pytest.fixture(scope="session")
+def arns(aws: Any) -> list[str]:
+    """The names of two keys."""
+    client = boto3.client(
+        "kms", endpoint_url=aws.url, region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x"
+    )
+    return [client.create_key()["KeyMetadata"]["Arn"] for _ in range(2)]
+
+
 @pytest.fixture
-def keys(aws: Any, credentials: Callable[[str], None]) -> tuple[list[str], Any]:
-    """The ARNs of two keys, and a client to change them with."""
+def keys(aws: Any, arns: list[str], credentials: Callable[[str], None]) -> list[str]:
     credentials(aws.url)
-    client = boto3.client("kms", endpoint_url=aws.url, region_name="us-east-1")
-    return [client.create_key()["KeyMetadata"]["Arn"] for _ in range(2)], client
+    return arns
 
 
 @pytest.mark.threat("SEAL-40")
 def test_a_wrapped_key_opens_with_the_same_key_and_context_only(aws: Any, keys: Any) -> None:
-    (arn, another), _ = keys
+    arn, another = keys
     wrapper = KmsWrapper(arn, endpoint_url=aws.url)
     assert isinstance(wrapper, KeyWrapper)
     box = wrapper.wrap(KEY, CONTEXT)
@@ -61,7 +68,7 @@ def test_a_wrapped_key_opens_with_the_same_key_and_context_only(aws: Any, keys: 
 
 
 def test_a_sealed_file_opens_through_kms(aws: Any, keys: Any, owner: SigningKey, tmp_path: Path) -> None:
-    wrapper = KmsWrapper(keys[0][0], endpoint_url=aws.url)
+    wrapper = KmsWrapper(keys[0], endpoint_url=aws.url)
     path = tmp_path / "model.sealed"
     sealed.save_file({"w": np.arange(5)}, path, recipients=[wrapper], sign=owner)
     opened = sealed.load_file(path, identity=wrapper, signed_by=owner.verifying_key)
@@ -93,7 +100,7 @@ def test_each_refusal_of_kms_has_its_error(aws: Any, keys: Any, proxied: Any, co
         aws, fault=answer("400 Bad Request", {"__type": code, "message": "private detail"}), chosen=POST
     )
     with pytest.raises(error) as caught:
-        KmsWrapper(keys[0][0], endpoint_url=proxy.url).unwrap(b"box", CONTEXT)
+        KmsWrapper(keys[0], endpoint_url=proxy.url).unwrap(b"box", CONTEXT)
     assert "private detail" not in str(caught.value)
 
 
@@ -102,11 +109,11 @@ def test_each_refusal_of_kms_has_its_error(aws: Any, keys: Any, proxied: Any, co
 def test_an_answer_about_another_key_is_refused(aws: Any, keys: Any, proxied: Any, body: dict[str, str]) -> None:
     proxy = proxied(aws, fault=answer("200 OK", body), chosen=POST)
     with pytest.raises(KeyServiceRefused, match="another key"):
-        KmsWrapper(keys[0][0], endpoint_url=proxy.url).unwrap(b"box", CONTEXT)
+        KmsWrapper(keys[0], endpoint_url=proxy.url).unwrap(b"box", CONTEXT)
 
 
 def test_503_is_tried_again_and_then_said(aws: Any, keys: Any, proxied: Callable[..., Any]) -> None:
-    (arn, _), _ = keys
+    arn, _ = keys
     proxy = proxied(aws, fault="503", times=1, chosen=POST)
     wrapper = KmsWrapper(arn, endpoint_url=proxy.url)
     assert bytes(wrapper.unwrap(wrapper.wrap(KEY, CONTEXT), CONTEXT).expose()) == bytes(KEY.expose())
@@ -118,7 +125,7 @@ def test_503_is_tried_again_and_then_said(aws: Any, keys: Any, proxied: Callable
 
 def test_a_silent_kms_costs_no_more_than_the_timeout(keys: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        wrapper = KmsWrapper(keys[0][0], timeout=0.9, endpoint_url=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        wrapper = KmsWrapper(keys[0], timeout=0.9, endpoint_url=f"http://127.0.0.1:{silent.getsockname()[1]}")
         begin = time.monotonic()
         with pytest.raises(KeyServiceUnavailable):
             wrapper.wrap(KEY, CONTEXT)
@@ -130,12 +137,12 @@ def test_no_credentials(aws: Any, keys: Any, monkeypatch: pytest.MonkeyPatch, tm
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(KeyServiceRefused, match="credentials"):
-        KmsWrapper(keys[0][0], endpoint_url=aws.url).wrap(KEY, CONTEXT)
+        KmsWrapper(keys[0], endpoint_url=aws.url).wrap(KEY, CONTEXT)
 
 
 def test_the_log_of_the_account_sees_a_hash_of_the_context(aws: Any, keys: Any, proxied: Any) -> None:
     proxy = proxied(aws)
-    KmsWrapper(keys[0][0], endpoint_url=proxy.url).wrap(KEY, CONTEXT)
+    KmsWrapper(keys[0], endpoint_url=proxy.url).wrap(KEY, CONTEXT)
     (body,) = map(json.loads, proxy.bodies)
     assert body["EncryptionContext"] == {"isolate": hashlib.sha256(CONTEXT).hexdigest()}
 
