@@ -72,7 +72,11 @@ class Enclave:
                 if event["event"] in names:
                     return event
             if over:
-                raise RefusedError(f"enclave {self.name} printed none of {', '.join(names)}", code="no_event")
+                status = self.wait(0)
+                state = "it still runs" if status is None else f"it ended with status {status}"
+                raise RefusedError(
+                    f"enclave {self.name} printed none of {', '.join(names)}; {state}", code="no_event"
+                )
             time.sleep(0.02)
 
 

@@ -44,7 +44,7 @@ class World:
         self.assets, self.logs, self.record, self.wire, self.temporary = (
             self._folder(self.operator / name) for name in ("assets", "logs", "record", "wire", "tmp")
         )
-        self._began = root.stat().st_mtime
+        self._root, self._began = root, root.stat().st_mtime
         self._sockets = self._folder(root / "sockets")
         self._processes: list[subprocess.Popen[str]] = []
         self.host = Host(self.address("platform"), logs=self.logs)
@@ -151,7 +151,7 @@ class World:
         """
         found = [path for root in (self.operator, self.platform) for path in _files(root, 0)]
         for root in (Path("/dev/shm"), Path(tempfile.gettempdir())):  # noqa: S108 (searched, not written)
-            for path in _files(root, self._began, skip=PREFIX):
+            for path in _files(root, self._began, skip=(PREFIX, self._root.name)):
                 with contextlib.suppress(OSError):
                     status = path.stat()
                     if (
@@ -198,12 +198,11 @@ class World:
                     pipe.close()
 
 
-def _files(root: Path, since: float, *, skip: str | None = None) -> list[Path]:
+def _files(root: Path, since: float, *, skip: tuple[str, ...] = ()) -> list[Path]:
     """The regular files below ``root`` in folders that changed since then, but for folders that begin so."""
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
-        if skip is not None:
-            folders[:] = [name for name in folders if not name.startswith(skip)]
+        folders[:] = [name for name in folders if not name.startswith(skip)]
         with contextlib.suppress(OSError):
             if Path(folder).stat().st_mtime >= since:
                 found += [path for name in names if (path := Path(folder, name)).is_file()]
