@@ -124,6 +124,25 @@ def test_a_close_is_told_from_a_cut(linked: tuple[Channel, Channel]) -> None:
     one.close()
 
 
+def test_what_was_sent_before_a_close_arrives_though_nobody_read_the_other_way(
+    linked: tuple[Channel, Channel], together: Both
+) -> None:
+    one, other = linked
+    other.send(bytes(50_000))
+
+    def finish() -> None:
+        one.send(bytes(1 << 20))
+        one.close()
+
+    def receive() -> int:
+        count = len(other.recv())
+        with pytest.raises(ChannelClosed):
+            other.recv()
+        return count
+
+    assert together(finish, receive)[1] == 1 << 20
+
+
 @pytest.mark.threat("CHAN-3")
 @pytest.mark.parametrize("cut", ["at a record's end", "inside a record"])
 def test_a_cut_is_no_close(linked: tuple[Channel, Channel], cut: str) -> None:

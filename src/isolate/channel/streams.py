@@ -138,6 +138,12 @@ class SocketWire:
     def drop(self, *, shared: bool) -> None:
         if not shared:
             with contextlib.suppress(OSError):
+                # TCP resets a connection that is closed over unread bytes, and forgets what it has still to send.
+                unread = bytearray(65536)
+                for _ in range(64):
+                    if not self.sock.recv_into(unread, 0, socket.MSG_DONTWAIT):
+                        break
+            with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
