@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -28,11 +29,20 @@ def command(name: str) -> click.Command:
     "--name", "service_name", default="isolate", show_default=True, help="With --init: the service's name."
 )
 @click.option("--lineage", default="default", show_default=True, help="With --init: the lineage of its policies.")
+@click.option("--checkpoint", metavar="F", help="Where the log's newest checkpoint is kept, outside the state.")
 @click.option("--recovery", multiple=True, metavar="RECIPIENT", help="With --init: an offline recovery recipient.")
 def serve_command(
-    state: str, address: str, owner_key: str | None, service_name: str, lineage: str, recovery: tuple[str, ...]
+    state: str,
+    address: str,
+    owner_key: str | None,
+    service_name: str,
+    lineage: str,
+    checkpoint: str | None,
+    recovery: tuple[str, ...],
 ) -> None:
     """Appraise evidence, release keys, keep budgets and the log, under the owner's policy.
+
+    With --checkpoint, a state that lacks entries which that file shows is an old copy, and is not served.
 
     Logs are lines of JSON on standard error. They carry codes and request ids, never data.
     """
@@ -40,6 +50,7 @@ def serve_command(
 
     from isolate.crypto.kem import Recipient
     from isolate.crypto.signing import SigningKey
+    from isolate.service.head import Head
     from isolate.service.state import State, create
 
     try:
@@ -71,5 +82,8 @@ def serve_command(
             now=clock(),
         )
         click.echo(f"recipient: {certificate.sealing_recipient()}")
-    with State(state, clock=clock) as opened:
-        app.serve(app.Service(opened), address, ready=lambda: click.echo(f"serving on {address}"))
+    with State(state, clock=clock) as opened, contextlib.ExitStack() as undo:
+        service = app.Service(opened)
+        if checkpoint:
+            undo.enter_context(Head(opened, service.log, Path(checkpoint), first=bool(owner_key)))
+        app.serve(service, address, ready=lambda: click.echo(f"serving on {address}"))

@@ -93,6 +93,26 @@ def post(address: str, path: str, request: Message, answer: type[M], *, timeout:
     raise error_of(refusal)
 
 
+def fetch(address: str, path: str, *, most: int, timeout: float = TIMEOUT) -> bytes:
+    """GET a file of at most ``most`` bytes, which anyone may read and nobody believes before it is verified.
+
+    Raises ServiceUnavailable.
+    """
+    connection = _Connection(address, timeout)
+    try:
+        connection.request("GET", path, headers={"Connection": "close"})
+        response = connection.getresponse()
+        body = response.read(most + 1)
+        status = response.status
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ServiceUnavailable(f"no answer from {address}: {type(error).__name__}") from None
+    finally:
+        connection.close()
+    if status != 200 or len(body) > most:
+        raise ServiceUnavailable(f"{address} does not have {path} as it must be", hint="")
+    return body
+
+
 def ask(
     address: str, path: str, request: Signed, answer: type[M], key: VerifyingKey, *, timeout: float = TIMEOUT
 ) -> M:

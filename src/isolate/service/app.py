@@ -36,6 +36,7 @@ from isolate.service.broker import Broker
 from isolate.service.budgets import Budgets
 from isolate.service.log import Log
 from isolate.service.state import State
+from isolate.service.tiles import Tiles
 
 BODY_TIMEOUT = 30  # seconds for a whole body
 MAX_CONNECTIONS = 512  # at once; more are answered with status 503
@@ -53,6 +54,7 @@ class Service:
         self.appraiser = Appraiser(state, self.log)
         self.broker = Broker(state, self.log, self.appraiser)
         self.budgets = Budgets(state, self.log, self.broker)
+        self.tiles = Tiles(state, self.log)
         self.authority = Authority(state, self.log, self.appraiser, self.broker)
         # Anyone may ask these; what is worth protecting in an answer is signed, or sealed to whom it is for.
         self._open: dict[str, Callable[[bytes], Message]] = {
@@ -161,7 +163,13 @@ def application(service: Service) -> Starlette:
     async def health(_: Request) -> Response:
         return PlainTextResponse("ok\n")
 
-    return Starlette(routes=[Route("/v1/{route:path}", handle, methods=["POST"]), Route("/health", health)])
+    async def log_file(request: Request) -> Response:
+        file = await run_in_threadpool(service.tiles.answer, request.path_params["path"])
+        headers = {"Cache-Control": file.cache}
+        return Response(file.body, status_code=file.status, media_type=file.media_type, headers=headers)
+
+    routes = [Route("/v1/{route:path}", handle, methods=["POST"]), Route("/log/{path:path}", log_file)]
+    return Starlette(routes=[*routes, Route("/health", health)])
 
 
 class _Protocol(H11Protocol):

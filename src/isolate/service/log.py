@@ -79,6 +79,16 @@ class Log:
         (last,) = database.execute("SELECT max(idx) FROM entry").fetchone()
         return 0 if last is None else int(last) + 1
 
+    def tree(self, database: sqlite3.Connection) -> tuple[merkle.TreeStore, int]:
+        """The hashes of the log and its size, for use inside the caller's transaction."""
+        return _Nodes(database), self._size(database)
+
+    def checkpoint(self) -> str:
+        """The signed checkpoint of now."""
+        with self._state.transaction() as database:
+            nodes, size = self.tree(database)
+            return sign_checkpoint(self._state.log_key, self.origin, size, merkle.root(nodes, size))
+
     def answer(self, request: LogRequest) -> LogAnswer:
         """A checkpoint of now, and what was asked to be proved against it. Anyone may ask."""
         with self._state.transaction() as database:

@@ -85,6 +85,17 @@ class Witness:
         if not is_public_key(self.public):
             raise UsageError(f"the key of witness {self.name} is no Ed25519 public key")
 
+    @classmethod
+    def parse(cls, text: str) -> Witness:
+        """Read a witness's verifier key, ``name+keyid+base64(4 || key)``. Raises UsageError."""
+        name, _, rest = text.partition("+")
+        raw = _unbase64(rest.partition("+")[2])
+        if raw is None or len(raw) != 33 or verifier_key(name, raw[1:], COSIGNATURE) != text:
+            raise UsageError(
+                "this is no verifier key of a witness", hint="NAME+KEYID+KEY, of the type for cosignatures"
+            )
+        return cls(name, raw[1:])
+
 
 def _body(origin: str, size: int, root: bytes) -> str:
     return f"{origin}\n{size}\n{base64.b64encode(root).decode()}\n"

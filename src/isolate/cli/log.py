@@ -1,0 +1,102 @@
+"""`isolate log verify`: check a service's transparency log from outside, and remember how far.
+
+>>> sorted(command("log").commands)
+['verify']
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from isolate.client.audit import Auditor, Report
+from isolate.client.connect import certificate
+from isolate.crypto.signing import VerifyingKey
+from isolate.errors import LogRefused
+from isolate.messages.http import fetch
+from isolate.transparency.checkpoint import Witness
+from isolate.transparency.keeping import read_checkpoint, write_checkpoint
+
+
+@click.group("log")
+def log_group() -> None:
+    """The transparency log of a service."""
+
+
+def command(name: str) -> click.Group:
+    return log_group
+
+
+@log_group.command("verify")
+@click.option("--service", required=True, metavar="ADDRESS", help="unix:/path or tcp:host:port.")
+@click.option(
+    "--owner", required=True, metavar="VERIFYING_KEY", help="The owner's root, who certified the service."
+)
+@click.option("--lineage", default="default", show_default=True, help="The lineage of the service's policies.")
+@click.option("--remember", metavar="F", help="The last believed checkpoint: read, and replaced when all is well.")
+@click.option("--witness", "witnesses", multiple=True, metavar="NAME+ID+KEY", help="A witness's C2SP verifier key.")
+@click.option("--quorum", type=click.IntRange(0), help="How many of the witnesses must have signed. [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="The machine form.")
+def verify(
+    service: str,
+    owner: str,
+    lineage: str,
+    remember: str | None,
+    witnesses: tuple[str, ...],
+    quorum: int | None,
+    as_json: bool,
+) -> None:
+    """Check the log's checkpoint, that it only grew since the remembered one, and every entry since then.
+
+    A log that was forked or cut back is refused; what it showed is then kept beside the remembered checkpoint: the
+    two together prove it. Without witnesses, a log that shows others another history is seen only by comparing.
+    """
+    known = [Witness.parse(text) for text in witnesses]
+    wanted = len(known) if quorum is None else quorum
+    found = certificate(service, VerifyingKey.parse(owner), lineage)
+    auditor = Auditor(
+        lambda path, most: fetch(service, f"/log/{path}", most=most),
+        origin=f"isolate/{found.name}",
+        public=found.log_key.ed25519,
+        remembered=None if remember is None else read_checkpoint(remember),
+        witnesses=known,
+        quorum=wanted,
+    )
+    try:
+        report = auditor.run()
+    except LogRefused as error:
+        if remember is not None and auditor.shown is not None and error.code != LogRefused.default_code:
+            evidence = f"{remember}.refused"
+            write_checkpoint(evidence, auditor.shown.text)
+            error.hint = f"what it showed is in {evidence}: keep both"
+        raise
+    if remember is not None:
+        write_checkpoint(remember, report.checkpoint.text)
+    _print(report, remember, bool(known), as_json)
+
+
+def _print(report: Report, remember: str | None, watched: bool, as_json: bool) -> None:
+    seen = report.checkpoint
+    if as_json:
+        body = {
+            "origin": seen.origin, "size": seen.size, "root": seen.root.hex(), "remembered": report.old,
+            "new": seen.size - (report.old or 0), "kinds": dict(report.kinds), "witnessed": dict(seen.witnessed),
+        }  # fmt: skip
+        click.echo(json.dumps(body, indent=2))
+        return
+    if report.old is None:
+        click.echo(f"{seen.origin}: {seen.size} entries, all checked; nothing was remembered before")
+    else:
+        click.echo(f"{seen.origin}: {seen.size} entries; the {report.old} remembered ones stand, the rest checked")
+    for kind, count in report.kinds.items():
+        click.echo(f"{count:>8} {kind}")
+    for name in seen.witnessed:
+        click.echo(f"witnessed by {name}")
+    if not watched:
+        click.echo("no witness was asked for: compare with others to see that they are shown the same log")
+    if remember is None:
+        click.echo("nothing was remembered: give --remember F to see a log that is cut back or forked")
+    else:
+        click.echo(f"remembered in {Path(remember)}")
