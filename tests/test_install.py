@@ -59,7 +59,8 @@ def test_installs_without_a_compiler(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command} -> {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return done.stdout
 
-    run(programs / "python", "-m", "pip", "install", "-q", "--only-binary", ":all:", f"{tree}[service]")
+    extras = f"{tree}[service,stores,pkcs11,kms]"
+    run(programs / "python", "-m", "pip", "install", "-q", "--only-binary", ":all:", extras)
     assert run(programs / "isolate", "--version").startswith("isolate ")
     assert "isolate-recipient-" in run(programs / "isolate", "keygen", "-o", tmp_path / "id.key")
     assert (tmp_path / "id.key").exists()

@@ -115,6 +115,7 @@ def test_everything_comes_back(plain: Path, target: Path, identity: Identity, ow
         assert folder.keys() == sorted(expected())
         assert same(folder.state_dict(), expected())
         assert same({name: folder.get_tensor(name) for name in expected()}, expected())
+        assert same(dict(folder.tensors()), expected())
         with folder.open_weights("model-00002-of-00003.safetensors") as opened:
             assert opened.metadata() == {"format": "pt"}
         assert (folder.facts.model_id, folder.facts.epoch) == ("m", 4)

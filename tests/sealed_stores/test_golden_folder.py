@@ -49,14 +49,9 @@ def seal(target: Path) -> bytes:
             save_plain(tensors, root / path, metadata={"format": "np"})
         weight_map = {key: path for path, tensors in parts().items() for key in tensors}
         (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        return sealed.seal_folder(
-            root,
-            target,
-            recipients=[Identity(IDENTITY).recipient],
-            sign=SigningKey(SIGN),
-            model_id="golden",
-            epoch=7,
-        )
+        options: dict[str, Any] = {"model_id": "golden", "epoch": 7, "suite": Suite.AEGIS_256}
+        recipient = Identity(IDENTITY).recipient
+        return sealed.seal_folder(root, target, recipients=[recipient], sign=SigningKey(SIGN), **options)
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from isolate.crypto.aead import Suite
 from isolate.crypto.kem import Identity, Recipient
 from isolate.crypto.signing import SigningKey
 from isolate.errors import KeyFormatError, NoRecipient, StorageError, UsageError
-from isolate.sealed.folder import folder_size, is_folder, manifest_of
+from isolate.sealed.folder import folder_size
+from isolate.sealed.folder_manifest import is_folder, manifest_of
 from isolate.sealed.objects import is_url
 from isolate.sealed.recipients import Passphrase
 

@@ -234,7 +234,8 @@ def _appearing(target: PathLike, mode: int = 0o777) -> Iterator[Place]:
         except BaseException:
             with contextlib.suppress(IsolateError):
                 for name in store.list():
-                    store.delete(name)
+                    if name.endswith(".sealed"):  # ours: the folder was empty
+                        store.delete(name)
             raise
         return
     final = Path(target)
@@ -368,6 +369,14 @@ class SealedFolder:
             yield part
             del part
 
+    def tensors(self) -> Iterator[tuple[str, Any]]:
+        """The model's tensors one after another, shard by shard: what takes the least memory."""
+        for name, wanted in self._model():
+            with self.open_weights(name) as opened:
+                for key in opened.offset_keys():
+                    if wanted is None or key in wanted:
+                        yield key, opened.get_tensor(key)
+
     def state_dict(self) -> dict[str, Any]:
         """Every tensor of the model: those of the index, or of the one safetensors file. Raises UsageError."""
         found: dict[str, Any] = {}
@@ -447,20 +456,6 @@ def open_folder(
     options = {"framework": framework, "device": device, "threads": threads, "tags_only": tags_only}
     pins = {"signed_by": signed_by, "expect": expect}
     return SealedFolder(place_of(path), identity=identity, options=options, **pins)
-
-
-def is_folder(path: PathLike) -> bool:
-    """Whether a path is a folder, or a URL one with a manifest in it. Raises StorageError."""
-    if isinstance(path, str) and is_url(path):
-        return ObjectFolder.open(path).find(MANIFEST) is not None
-    return Path(path).is_dir()
-
-
-def manifest_of(path: PathLike) -> PathLike:
-    """The file that stands for a sealed folder (inspect and rewrap take it); any other path as it is."""
-    if not is_folder(path):
-        return path
-    return f"{path.rstrip('/')}/{MANIFEST}" if isinstance(path, str) and is_url(path) else Path(path) / MANIFEST
 
 
 def unseal_folder(source: PathLike, target: PathLike, *, progress: Progress | None = None, **options: Any) -> None:

@@ -180,6 +180,20 @@ def place_of(path: PathLike) -> Place:
     return LocalFolder(Path(path))
 
 
+def is_folder(path: PathLike) -> bool:
+    """Whether a path is a folder, or a URL one with a manifest in it. Raises StorageError."""
+    if isinstance(path, str) and is_url(path):
+        return ObjectFolder.open(path).find(MANIFEST) is not None
+    return Path(path).is_dir()
+
+
+def manifest_of(path: PathLike) -> PathLike:
+    """The file that stands for a sealed folder (inspect and rewrap take it); any other path as it is."""
+    if not is_folder(path):
+        return path
+    return f"{path.rstrip('/')}/{MANIFEST}" if isinstance(path, str) and is_url(path) else Path(path) / MANIFEST
+
+
 def check_sealed(found: Mapping[str, int]) -> None:
     """Raises NotSealed for a folder without a manifest, and for one in which plain weights stand too."""
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in found):

@@ -22,7 +22,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import cache
 from queue import Full, Queue
@@ -309,7 +309,10 @@ class ObjectSource:
         if window is None or request is None:
             view[:length] = memoryview(self._get(offset, end))
             return length
-        fetched = memoryview(request.result())
+        try:
+            fetched = memoryview(request.result())
+        except CancelledError:
+            raise StorageError(f"cannot read {self._folder.url(self._name)}: it was closed meanwhile") from None
         view[:length] = fetched[offset - window.start : end - window.start]
         with self._lock:
             window.left -= length
