@@ -25,6 +25,7 @@ import click
 BENCHMARKS: dict[str, str] = {
     "attestation": "isolate.cli.bench.attestation",
     "sealed": "isolate.cli.bench.sealed",
+    "service": "isolate.cli.bench.service",
     "channels": "isolate.cli.bench.channels",
 }
 
