@@ -4,7 +4,7 @@
     Traceback (most recent call last):
     isolate.errors.LogRefused: the checkpoint is no note with 1 to 64 signatures
 
-The audit, in this order (docs/spec/log.md, 8):
+The audit, in this order (docs/spec/log.md, 6.2):
 
 1. the checkpoint is signed by the pinned log, and cosigned by as many known witnesses as are asked for;
 2. it does not show fewer entries than the remembered one, nor another root over as many;

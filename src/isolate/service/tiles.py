@@ -1,4 +1,4 @@
-"""The log for outsiders: C2SP tlog-tiles over HTTP GET, out of the service's database (docs/spec/log.md, 7).
+"""The log for outsiders: C2SP tlog-tiles over HTTP GET, out of the service's database (docs/spec/log.md, 6.1).
 
     /log/checkpoint              the signed checkpoint of now, as text
     /log/tile/<L>/<N>[.p/<W>]    hashes
