@@ -38,7 +38,7 @@ class Label(StrEnum):
     SEALED_MANIFEST = "isolate/v1/sealed/manifest"
     SEALED_TABLE = "isolate/v1/sealed/table"
     SEALED_CHUNKS = "isolate/v1/sealed/chunks"
-    SEALED_PASSPHRASE = "isolate/v1/sealed/passphrase"
+    SEALED_PASSPHRASE = "isolate/v1/sealed/passphrase"  # noqa: S105 (a label, no secret)
     SEALED_FOLDER = "isolate/v1/sealed/folder"
     CHANNEL_EXPORTER = "isolate/v1/channel/exporter"
     CHANNEL_APPLICATION = "isolate/v1/channel/application"

@@ -34,8 +34,8 @@ class Head:
     """Checks once, then keeps the file while it is open. ``first``: the state was made just now, and the file may
     not be there yet.
 
-    Raises LogRefused (log_shrunk, log_forked, log_refused, checkpoint_missing) or StorageError: then nothing is to be
-    served.
+    Raises LogRefused (log_shrunk, log_forked, log_refused, checkpoint_missing) or StorageError: then nothing is
+    to be served.
     """
 
     def __init__(self, state: State, held: Log, path: Path, *, first: bool = False) -> None:
