@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
@@ -82,6 +83,8 @@ def serve_command(
             now=clock(),
         )
         click.echo(f"recipient: {certificate.sealing_recipient()}")
+    # The server answers what it has begun and then raises the signal again: an exception, so that all is closed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with State(state, clock=clock) as opened, contextlib.ExitStack() as undo:
         service = app.Service(opened)
         if checkpoint:
