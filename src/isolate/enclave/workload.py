@@ -39,7 +39,15 @@ from isolate.crypto.secret import Secret
 from isolate.crypto.signing import Purpose, SigningKey
 from isolate.enclave import boot
 from isolate.enclave.configuration import Configuration
-from isolate.errors import ControlMissing, ReleaseRefused, ResultRefused, Tampered, UnavailableError, UsageError
+from isolate.errors import (
+    ChannelError,
+    ControlMissing,
+    ReleaseRefused,
+    ResultRefused,
+    Tampered,
+    UnavailableError,
+    UsageError,
+)
 from isolate.messages.attest import (
     AttestAnswer,
     AttestRequest,
@@ -62,6 +70,7 @@ if TYPE_CHECKING:
     from isolate import channel
     from isolate.sealed import CompartmentKeys, PublicFacts
 
+RETRY_AFTER = 0.1  # seconds between two attempts to reach a peer
 RENEW_BEFORE = 60  # seconds before a result expires
 RETRY_AFTER = 5  # seconds between attempts to renew, while the service is down
 
@@ -306,17 +315,30 @@ class Workload:
         )
 
     def connect(self, purpose: str, *, rank: int, timeout: float = 60.0) -> channel.Channel:
-        """Connect to the peer of this rank, where the host said (ISOLATE_PEER)."""
+        """Connect to the peer of this rank, where the host said (ISOLATE_PEER).
+
+        A peer that does not listen yet is tried again for ``timeout`` seconds: enclaves of one job start in any
+        order. A peer that is there and refused is not.
+        """
         from isolate import channel
 
-        return channel.connect(
-            _environment("ISOLATE_PEER"),
-            identity=self.attested(),
-            expect=self.expect(rank),
-            profile="peer",
-            purpose=purpose,
-            timeout=timeout,
-        )
+        end = time.monotonic() + timeout
+        while True:
+            try:
+                return channel.connect(
+                    _environment("ISOLATE_PEER"),
+                    identity=self.attested(),
+                    expect=self.expect(rank),
+                    profile="peer",
+                    purpose=purpose,
+                    timeout=timeout,
+                )
+            # A courier accepts, finds nobody behind it, and hangs up: the peer is gone before it was there.
+            except (UnavailableError, ChannelError) as error:
+                absent = isinstance(error, UnavailableError) or error.code == "peer_gone"
+                if not absent or time.monotonic() > end:
+                    raise
+                time.sleep(RETRY_AFTER)
 
     def report(self, name: str, **facts: Any) -> None:
         """Print a public event: the operator reads it. Never data."""

@@ -75,9 +75,6 @@ class Courier:
         return await asyncio.start_server(accept, host, port, limit=CHUNK)
 
     async def _carry(self, route: Route, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        number = self.connections[route.name]
-        self.connections[route.name] += 1
-        flip = self.flips.pop((route.name, number), None)
         kind, host, port = parse_address(route.target)
         try:
             if kind == "unix":
@@ -87,6 +84,10 @@ class Courier:
         except OSError:
             writer.close()
             return
+        # Counted once it is one: whoever comes before the listener is there is turned away, and tries again.
+        number = self.connections[route.name]
+        self.connections[route.name] += 1
+        flip = self.flips.pop((route.name, number), None)
         stem = f"{route.name}-{number}"
         try:
             await asyncio.gather(
