@@ -20,6 +20,7 @@ from isolate.errors import IsolateError, UsageError
 # Command -> module of this package that defines it. Loaded when used: `isolate keygen` loads no server.
 COMMANDS = {
     "log": "isolate.cli.log",
+    "launch": "isolate.cli.launch",
     "measure": "isolate.cli.measure",
     "serve": "isolate.cli.serve",
     "inspect": "isolate.cli.sealed",
