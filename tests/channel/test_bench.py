@@ -34,6 +34,7 @@ def test_the_benchmark_runs_and_names_its_figures() -> None:
     assert body["figures"]["peak_traced_bytes_per_record"] <= 4096
 
 
+@pytest.mark.extra
 def test_the_plot_is_an_svg_that_says_every_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     draw(BODY, str(tmp_path / "a.svg"), title="isolate bench channels")
