@@ -230,8 +230,8 @@ def test_the_logs_own_signature_is_no_cosignature(log: Any) -> None:
 
 def test_a_note_signature_is_none_for_a_purpose_and_none_of_them_for_it(log: Any) -> None:
     body = log.seen(5).body.encode()
-    assert not verify_note(log.public, body, log.key.sign(Purpose.CHECKPOINT, body))
-    assert not log.key.verifying_key.verify(Purpose.CHECKPOINT, body, log.key.sign_note(body))
+    assert not verify_note(log.public, body, log.key.sign(Purpose.RECEIPT, body))
+    assert not log.key.verifying_key.verify(Purpose.RECEIPT, body, log.key.sign_note(body))
     with pytest.raises(UsageError):
         log.key.sign_note(b"isolate/v1/capability/grant\0" + bytes(32) + b"\n")
     framed = b"isolate/v1/capability/grant\0" + bytes(32)

@@ -60,7 +60,6 @@ class Purpose(StrEnum):
     ANSWER = "service/answer"
     HOLDER_REQUEST = "service/holder-request"
     TRUST_BUNDLE = "service/trust-bundle"
-    CHECKPOINT = "transparency/checkpoint"
     CHANNEL_PEER = "channel/peer"
     CHANNEL_HOLDER = "channel/holder"
     GRANT = "capability/grant"
