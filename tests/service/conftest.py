@@ -38,7 +38,7 @@ from isolate.messages.attest import RegisterRequest as Register
 from isolate.messages.base import Message, Refusal, Signed
 from isolate.messages.invoke import ChargeRequest
 from isolate.messages.owner import AssetRule, Done, PolicyUpdate
-from isolate.service.app import Service
+from isolate.service.routes import Service
 from isolate.service.state import State, create
 
 NOW = 1_780_000_000

@@ -52,6 +52,7 @@ def serve_command(
     from isolate.crypto.kem import Recipient
     from isolate.crypto.signing import SigningKey
     from isolate.service.head import Head
+    from isolate.service.routes import Service
     from isolate.service.state import State, create
 
     try:
@@ -86,7 +87,7 @@ def serve_command(
     # The server answers what it has begun and then raises the signal again: an exception, so that all is closed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with State(state, clock=clock) as opened, contextlib.ExitStack() as undo:
-        service = app.Service(opened)
+        service = Service(opened)
         if checkpoint:
             undo.enter_context(Head(opened, service.log, Path(checkpoint), first=bool(owner_key)))
         app.serve(service, address, ready=lambda: click.echo(f"serving on {address}"))
