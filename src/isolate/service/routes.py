@@ -1,7 +1,7 @@
-"""The rooms of one service, and the tables from a route to what answers it. No HTTP here: bytes in, a message out.
+"""The rooms of one service, and the table from a route to what answers it. No HTTP here: bytes in, a message out.
 
-    >>> Service.__name__
-    'Service'
+    >>> ROUTES["challenge"].request.TYPE, ROUTES["challenge"].answer.TYPE, ROUTES["challenge"].who
+    ('challenge-request', 'challenge', 'anyone')
 
 Every answer is a message in CBOR. A refusal has a code, one line and a request id; anything unforeseen has the code
 ``internal`` and no more. Spec: docs/spec/service.md, section 1.
@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from typing import Any, Literal
 
 import structlog
+from attrs import frozen
 
 from isolate.crypto.signing import Purpose
 from isolate.errors import IsolateError, MalformedError, RefusedError, UnavailableError, UsageError
-from isolate.messages.attest import AttestRequest, CertificateRequest, ChallengeRequest, RegisterRequest
-from isolate.messages.base import Answer, M, Message, Refusal, Signed
-from isolate.messages.certificate import BundleRequest
-from isolate.messages.invoke import BudgetRequest
-from isolate.messages.owner import AssetRequest, AssetRule, EvidenceRequest, LogRequest, PolicyUpdate, Revoke
+from isolate.messages import attest, certificate, invoke, owner
+from isolate.messages.base import Answer, Message, Refusal, Signed
 from isolate.service.appraiser import Appraiser
 from isolate.service.authority import Authority
 from isolate.service.broker import Broker
@@ -35,7 +34,7 @@ log = structlog.get_logger("isolate.service")
 
 
 class Service:
-    """The rooms of one service, and the tables from a route to what answers it."""
+    """The rooms of one service; what goes where stands in ``ROUTES``."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -45,71 +44,39 @@ class Service:
         self.budgets = Budgets(state, self.log, self.broker)
         self.tiles = Tiles(state, self.log)
         self.authority = Authority(state, self.log, self.appraiser, self.broker)
-        # Anyone may ask these; what is worth protecting in an answer is signed, or sealed to whom it is for.
-        self._open: dict[str, Callable[[bytes], Message]] = {
-            "certificate": self._certificate,
-            "challenge": lambda body: self.appraiser.challenge(ChallengeRequest.parse(body)),
-            "attest": lambda body: self.appraiser.attest(AttestRequest.parse(body)),
-            "log": lambda body: self.log.answer(LogRequest.parse(body)),
-            "bundle": lambda body: self.authority.bundle(BundleRequest.parse(body)),
-        }
-        # Requests signed by an enclave, a holder or the owner; the answer is signed too.
-        self._signed: dict[str, Callable[[Signed], Message]] = {
-            "release": self.broker.release,
-            "register": self.broker.register_for,
-            "charge": self.budgets.charge,
-            "budget": self._budget,
-            "certify": self.authority.certify,
-            "owner/policy": self._owner(PolicyUpdate, self.appraiser.set_policy),
-            "owner/rule": self._owner(AssetRule, self.broker.set_rule),
-            "owner/register": self._owner(RegisterRequest, self._register),
-            "owner/asset": self._owner(AssetRequest, self.broker.newest),
-            "owner/revoke": self._owner(Revoke, self.budgets.revoke),
-            "owner/evidence": self._owner(EvidenceRequest, self.appraiser.evidence),
-        }
 
-    @property
-    def routes(self) -> list[str]:
-        return [*self._open, *self._signed]
-
-    def _certificate(self, body: bytes) -> Message:
-        CertificateRequest.parse(body)
-        return self.state.certificate
-
-    def _owner(self, kind: type[M], act: Callable[[M], Message]) -> Callable[[Signed], Message]:
-        """What only the owner asks, once."""
-
-        def answer(request: Signed) -> Message:
-            body = kind.parse(request.body)
-
-            def check(_: object) -> None:
-                if request.verify(Purpose.OWNER_REQUEST, self.state.name) != self.state.owner:
-                    raise RefusedError("only the owner asks for this", code="not_owner")
-
-            return self.state.once(request.nonce, check, lambda _, __: act(body))
-
-        return answer
-
-    def _register(self, request: RegisterRequest) -> Message:
+    def _register(self, request: attest.RegisterRequest) -> Message:
         return self.broker.register(request, signer=self.state.owner.to_bytes(), measurement=None)
 
     def _budget(self, request: Signed) -> Message:
         # It changes nothing, so its nonce is not kept: any key can sign such a request.
         holder = request.verify(Purpose.HOLDER_REQUEST, self.state.name)
-        return self.budgets.budget(BudgetRequest.parse(request.body).token, holder.ed25519)
+        return self.budgets.budget(invoke.BudgetRequest.parse(request.body).token, holder.ed25519)
 
-    def _answer(self, route: str, body: bytes) -> Message:
-        if route in self._open:
-            return self._open[route](body)
-        if route not in self._signed:
+    def _by_owner(self, route: Route, request: Signed) -> Message:
+        """What only the owner asks, once."""
+        body = route.request.parse(request.body)
+
+        def check(_: object) -> None:
+            if request.verify(Purpose.OWNER_REQUEST, self.state.name) != self.state.owner:
+                raise RefusedError("only the owner asks for this", code="not_owner")
+
+        return self.state.once(request.nonce, check, lambda _, __: route.act(self, body))
+
+    def _answer(self, name: str, body: bytes) -> Message:
+        route = ROUTES.get(name)
+        if route is None:
             raise UsageError("the service has no such route", code="unknown_route")
+        if route.who == "anyone":
+            return route.act(self, route.request.parse(body))
         request = Signed.parse(body)
-        return Answer.make(request, self._signed[route](request), self.state.release_key)
+        answer = self._by_owner(route, request) if route.who == "owner" else route.act(self, request)
+        return Answer.make(request, answer, self.state.release_key)
 
     def answer(self, route: str, body: bytes) -> tuple[int, Message]:
         """The status and the message. Never raises: what is unforeseen becomes the code ``internal``."""
         request_id = secrets.token_hex(8)
-        shown = route if route in self.routes else "unknown"
+        shown = route if route in ROUTES else "unknown"
         try:
             answer = self._answer(route, body)
         except IsolateError as error:
@@ -127,3 +94,55 @@ def _status(error: IsolateError) -> int:
     if error.code == "unknown_route":
         return 404
     return 503 if isinstance(error, UnavailableError) else 400 if isinstance(error, MalformedError) else 403
+
+
+@frozen
+class Route:
+    """A row of the table: what is asked, what is answered, who may ask, and what does it.
+
+    For ``anyone`` the request is the body itself, and ``act`` takes it parsed; what is worth protecting in an
+    answer is signed, or sealed to whom it is for. For the others it is the body of a Signed, and the answer is
+    signed: for the ``owner`` ``act`` takes it parsed, in the transaction that uses its nonce up; for an ``enclave``
+    and a ``holder`` it takes the Signed, and checks who asks.
+    """
+
+    request: type[Message]
+    answer: type[Message]
+    who: Literal["anyone", "enclave", "holder", "owner"]
+    act: Callable[[Service, Any], Message]
+
+
+ROUTES: dict[str, Route] = {
+    "certificate": Route(
+        attest.CertificateRequest, attest.ServiceCertificate, "anyone", lambda s, _: s.state.certificate
+    ),
+    "challenge": Route(
+        attest.ChallengeRequest, attest.Challenge, "anyone", lambda s, asked: s.appraiser.challenge(asked)
+    ),
+    "attest": Route(
+        attest.AttestRequest, attest.AttestAnswer, "anyone", lambda s, asked: s.appraiser.attest(asked)
+    ),
+    "log": Route(owner.LogRequest, owner.LogAnswer, "anyone", lambda s, asked: s.log.answer(asked)),
+    "bundle": Route(
+        certificate.BundleRequest, certificate.TrustBundle, "anyone", lambda s, asked: s.authority.bundle(asked)
+    ),
+    "release": Route(attest.ReleaseRequest, attest.Release, "enclave", lambda s, signed: s.broker.release(signed)),
+    "register": Route(
+        attest.RegisterRequest, attest.Registered, "enclave", lambda s, signed: s.broker.register_for(signed)
+    ),
+    "charge": Route(invoke.ChargeRequest, invoke.Receipt, "enclave", lambda s, signed: s.budgets.charge(signed)),
+    "certify": Route(
+        certificate.IssueRequest, certificate.Issued, "enclave", lambda s, signed: s.authority.certify(signed)
+    ),
+    "budget": Route(invoke.BudgetRequest, invoke.Budget, "holder", lambda s, signed: s._budget(signed)),
+    "owner/policy": Route(owner.PolicyUpdate, owner.Done, "owner", lambda s, asked: s.appraiser.set_policy(asked)),
+    "owner/rule": Route(owner.AssetRule, owner.Done, "owner", lambda s, asked: s.broker.set_rule(asked)),
+    "owner/register": Route(
+        attest.RegisterRequest, attest.Registered, "owner", lambda s, asked: s._register(asked)
+    ),
+    "owner/asset": Route(owner.AssetRequest, attest.Registered, "owner", lambda s, asked: s.broker.newest(asked)),
+    "owner/revoke": Route(owner.Revoke, owner.Done, "owner", lambda s, asked: s.budgets.revoke(asked)),
+    "owner/evidence": Route(
+        owner.EvidenceRequest, owner.Evidence, "owner", lambda s, asked: s.appraiser.evidence(asked)
+    ),
+}
