@@ -19,7 +19,7 @@ from typing import Any
 
 from isolate import sealed
 from isolate.attestation.policy import Policy, SignedPolicy
-from isolate.capability.scope import Scope
+from isolate.capability.scope import Constraint, Scope
 from isolate.capability.token import grant
 from isolate.client.connect import certificate
 from isolate.client.handle import HandleFile
@@ -61,7 +61,7 @@ class Owner:
 
     def _ask(self, route: str, body: Message, answer: type[Any]) -> Any:
         request = Signed.make(
-            Purpose.OWNER_REQUEST, self._key, body.encode(), secrets.token_bytes(32), self.certificate.name
+            Purpose.OWNER_REQUEST, self._key, body.encode(), secrets.token_bytes(32), self.certificate.audience
         )
         return ask(self._service, f"owner/{route}", request, answer, self.certificate.release_key)
 
@@ -94,15 +94,26 @@ class Owner:
         job: str,
         uses: int | None = None,
         bytes_out: int | None = None,
+        rates: Mapping[int, int] | None = None,
+        parameters: Mapping[str, Mapping[str, Constraint]] | None = None,
+        outputs: Mapping[str, tuple[int, ...]] | None = None,
+        minimum_group: int | None = None,
+        not_before: int | None = None,
         expires: int | None = None,
+        depth: int | None = None,
         INSECURE_accept_simulated: bool = False,
     ) -> HandleFile:
         """A handle for ``holder`` (Ed25519, 32 bytes) on an asset that the enclaves of ``job`` serve. Made offline.
 
-        ``operations`` maps names to digests; ``enclave`` is the address where they are invoked; ``expires`` is
-        Unix seconds. A limit that is None is none.
+        ``operations`` maps names to digests; ``enclave`` is the address where they are invoked. The limits are
+        those of a Scope (docs/spec/capability.md, 2): uses and bytes in all, uses in a window of so many seconds,
+        Range or Choices of arguments, kinds and sizes of results, people behind an aggregate, Unix seconds, and
+        how often it may be passed on. A limit that is None is none. Raises UsageError.
         """
-        scope = Scope(operations=operations, uses=uses, bytes_out=bytes_out, expires=expires)
+        scope = Scope(
+            operations=operations, parameters=parameters, outputs=outputs, uses=uses, bytes_out=bytes_out,
+            rates=rates, minimum_group=minimum_group, not_before=not_before, expires=expires, depth=depth,
+        )  # fmt: skip
         return HandleFile(
             token=grant(self._key, asset=asset, scope=scope, holder=holder).to_text(),
             owner=str(self._key.verifying_key),
