@@ -178,12 +178,12 @@ def test_check_5_nothing_runs_that_was_not_charged(realm: Any, server: Server) -
         raise ServiceUnavailable("no")
 
     def forged(_: str, body: bytes) -> tuple[int, bytes]:
-        receipt = Receipt.make(b"i" * 32, 1, 1, SigningKey.generate())
+        receipt = Receipt(b"i" * 32, 256, "", 1, b"l" * 32, 1).sign(SigningKey.generate())
         return 200, Answer.make(Signed.parse(body), receipt, SigningKey.generate()).encode()
 
     def for_another(_: str, body: bytes) -> tuple[int, bytes]:
         key = realm.state.release_key
-        return 200, Answer.make(Signed.parse(body), Receipt.make(b"i" * 32, 1, 1, key), key).encode()
+        return 200, Answer.make(Signed.parse(body), Receipt(b"i" * 32, 256, "", 1, b"l" * 32, 1).sign(key), key).encode()
 
     free = Client(realm, operations={"note": note.digest})
     codes = []

@@ -19,12 +19,22 @@ from isolate.errors import IsolateError, MalformedError, RefusedError, UsageErro
 from isolate.messages import attest, base, http, invoke, owner
 from isolate.messages.attest import Challenge, ChallengeRequest, Release, ReleaseContext, ReleaseRequest
 from isolate.messages.base import MAX_MESSAGE, Answer, Message, Refusal, Signed
-from isolate.messages.invoke import BUCKET, REQUEST_BUCKET, Invoke, Reply, encode_argument
+from isolate.messages.invoke import (
+    BUCKET,
+    MAX_BYTES_OUT,
+    REQUEST_BUCKET,
+    Invoke,
+    Receipt,
+    Reply,
+    Reservation,
+    SettleRequest,
+    encode_argument,
+)
 
 KEY = SigningKey.generate()
 SIZES = {
     "nonce": 32, "client_nonce": 32, "key": 64, "digest": 32, "channel_binding": 32, "argument_hash": 32,
-    "release": 64, "result": 64, "log": 64, "recipient": 1216, "handle": 32,
+    "release": 64, "result": 64, "log": 64, "recipient": 1216, "handle": 32, "settle-request.invocation": 32,
 }  # fmt: skip
 
 
@@ -42,7 +52,7 @@ def example(kind: type[Message]) -> Message:
 
     def value(name: str, hint: Any) -> Any:
         if hint is bytes:
-            return bytes(SIZES.get(name, 3))
+            return bytes(SIZES.get(f"{kind.TYPE}.{name}", SIZES.get(name, 3)))
         simple = {str: "text", int: 5, bool: True, typing.Any: 7}
         if hint in simple:
             return simple[hint]
@@ -62,7 +72,7 @@ KINDS = list(dict.fromkeys(messages()))
 
 def test_there_are_as_many_messages_as_the_specification_lists() -> None:
     assert sorted(kind.TYPE for kind in KINDS) == sorted({kind.TYPE for kind in KINDS})
-    assert len(KINDS) == 29
+    assert len(KINDS) == 32
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.TYPE))
@@ -235,6 +245,45 @@ def test_a_release_is_for_one_request_and_one_instance() -> None:
     # The box of one release under the context of another.
     one, two = release(), release(epoch=2)
     assert code(Release(one.context, two.box, one.signature)) == "service_uncertified"
+
+
+@pytest.mark.threat("SVC-22")
+def test_a_reservation_and_a_receipt_are_covered_in_every_field() -> None:
+    valid, number = certificate(), b"i" * 32
+    reserved = Reservation.make(number, 3, 15, KEY)
+    reserved.verify(valid, number)
+    asked = SettleRequest(number, 256, "revoked")
+    receipt = Receipt(number, 256, "revoked", 4, b"l" * 32, 15).sign(KEY)
+    receipt.verify(valid, asked)
+
+    def code(attempt: Any) -> str:
+        with pytest.raises(IsolateError) as refused:
+            attempt()
+        return refused.value.code
+
+    changes: tuple[dict[str, Any], ...]
+    changes = ({"invocation": b"j" * 32}, {"log_index": 5}, {"time": 16}, {"signature": bytes(64)})
+    for one in changes:
+        assert code(lambda one=one: evolve(reserved, **one).verify(valid, number)) == "receipt_refused"
+    for one in (*changes, {"bytes_out": 257}, {"code": ""}, {"leaf": b"m" * 32}):
+        assert code(lambda one=one: evolve(receipt, **one).verify(valid, asked)) == "receipt_refused"
+    for other in (SettleRequest(number, 255, "revoked"), SettleRequest(number, 256, ""), b"j" * 32):
+        assert code(lambda other=other: receipt.verify(valid, other)) == "receipt_refused"
+    assert code(lambda: Reservation.make(number, 3, 15, SigningKey.generate()).verify(valid, number)) != ""
+    # One is none of the other: what may run is not yet what may leave.
+    for kind in (Reservation, Receipt):
+        wrong = {Reservation: receipt, Receipt: reserved}[kind].encode()
+        with pytest.raises(MalformedError):
+            kind.parse(wrong)
+
+
+@pytest.mark.parametrize("code", ["Revoked", "a" * 65, "a b", "\n", "a\n"])
+def test_what_is_no_code_of_a_settlement(code: str) -> None:
+    with pytest.raises(MalformedError):
+        SettleRequest(bytes(32), 0, code)
+    for bytes_out in (-1, MAX_BYTES_OUT + 1):
+        with pytest.raises(MalformedError):
+            SettleRequest(bytes(32), bytes_out, "")
 
 
 # Padding

@@ -224,7 +224,7 @@ def test_an_impostors_receipt_is_none(realm: Any, till: Till, holder: SigningKey
     receipt = till.send(realm.use(realm.grant(holder), holder))
     certificate = realm.state.certificate
     with pytest.raises(IsolateError) as refused:
-        Receipt.make(receipt.invocation, 1, 2, SigningKey.generate()).verify(certificate, receipt.invocation)
+        receipt.sign(SigningKey.generate()).verify(certificate, receipt.invocation)
     assert refused.value.code == "receipt_refused"
     with pytest.raises(IsolateError):
         receipt.verify(certificate, b"another".ljust(32))

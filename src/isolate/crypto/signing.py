@@ -65,6 +65,7 @@ class Purpose(StrEnum):
     GRANT = "capability/grant"
     BLOCK = "capability/block"
     INVOCATION = "capability/invocation"
+    RESERVATION = "capability/reservation"
     RECEIPT = "capability/receipt"
 
 

@@ -1,4 +1,4 @@
-"""Using a handle: what a client sends an enclave over an attested channel, and the charge it makes.
+"""Using a handle: what a client sends an enclave over an attested channel, and what the enclave has it charged to.
 
     >>> len(Invoke(token=b"t", invocation=b"i", arguments={"image": b""}).padded())
     1024
@@ -8,6 +8,7 @@ Spec: docs/spec/capability.md, and docs/spec/service.md, section 6.
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 from attrs import evolve, field, frozen
@@ -104,13 +105,19 @@ class Reply(_Padded):
 
 
 MAX_BYTES_OUT = 2**32  # bytes of one use: an account is a 64-bit integer in the service's database
+_CODE = re.compile(r"[a-z0-9_]{0,64}")
+
+
+def _check_bytes_out(bytes_out: int) -> None:
+    if not 0 <= bytes_out <= MAX_BYTES_OUT:
+        raise MalformedError(f"one use lets 0 to {MAX_BYTES_OUT} bytes out")
 
 
 @frozen
-class ChargeRequest(Message):
-    """Body of a Signed request by an enclave: this use must be committed before its output leaves."""
+class ReserveRequest(Message):
+    """Body of a Signed request by an enclave: one use, and its worst case in bytes, before the operation runs."""
 
-    TYPE = "charge-request"
+    TYPE = "reserve-request"
     token: bytes = field(repr=False)
     invocation: bytes = field(repr=False)
     channel_binding: bytes
@@ -120,15 +127,21 @@ class ChargeRequest(Message):
     def __attrs_post_init__(self) -> None:
         check_size("a channel binding", self.channel_binding, 32)
         check_size("an argument hash", self.argument_hash, 32)
-        if not 0 <= self.bytes_out <= MAX_BYTES_OUT:
-            raise MalformedError(f"one use lets 0 to {MAX_BYTES_OUT} bytes out")
+        _check_bytes_out(self.bytes_out)
 
 
 @frozen
-class Receipt(Message):
-    """The service's signature that it has durably charged this invocation."""
+class ChargeRequest(ReserveRequest):
+    """Reserve and settle in one, at the size of the whole reply: what the runtime asks until it has both."""
 
-    TYPE = "receipt"
+    TYPE = "charge-request"
+
+
+@frozen
+class Reservation(Message):
+    """The service's signature that this use, at its worst case, is durably spent: now the operation may run."""
+
+    TYPE = "reservation"
     invocation: bytes
     log_index: int
     time: int
@@ -138,15 +151,71 @@ class Receipt(Message):
         return cbor.encode([self.invocation, self.log_index, self.time])
 
     @classmethod
-    def make(cls, invocation: bytes, log_index: int, time: int, key: SigningKey) -> Receipt:
+    def make(cls, invocation: bytes, log_index: int, time: int, key: SigningKey) -> Reservation:
         unsigned = cls(invocation, log_index, time)
-        return cls(invocation, log_index, time, key.sign(Purpose.RECEIPT, unsigned._signed()))
+        return evolve(unsigned, signature=key.sign(Purpose.RESERVATION, unsigned._signed()))
 
     def verify(self, certificate: ServiceCertificate, invocation: bytes) -> None:
         """Raises ReleaseRefused unless the certified service signed it for this invocation (its id)."""
-        if self.invocation != invocation or not certificate.release_key.verify(
-            Purpose.RECEIPT, self._signed(), self.signature
-        ):
+        signed = certificate.release_key.verify(Purpose.RESERVATION, self._signed(), self.signature)
+        if self.invocation != invocation or not signed:
+            raise ReleaseRefused("the reservation is not the service's, or for another use", code="receipt_refused")
+
+
+@frozen
+class SettleRequest(Message):
+    """Body of a Signed request by the instance that reserved: what is about to leave.
+
+    ``invocation`` is its id (32 bytes), ``bytes_out`` the size of the padded reply, at most what was reserved, and
+    ``code`` the refusal's, or empty for a result.
+    """
+
+    TYPE = "settle-request"
+    invocation: bytes
+    bytes_out: int
+    code: str
+
+    def __attrs_post_init__(self) -> None:
+        check_size("an invocation's id", self.invocation, 32)
+        _check_bytes_out(self.bytes_out)
+        if not _CODE.fullmatch(self.code):
+            raise MalformedError("a code is 0 to 64 of a-z 0-9 _")
+
+
+@frozen
+class Receipt(Message):
+    """The service's signature that this use is settled and in its log: now the reply may leave.
+
+    ``leaf`` is the hash of the entry at ``log_index``, by which ``isolate.messages.receipts`` finds it in the log.
+    """
+
+    TYPE = "receipt"
+    invocation: bytes
+    bytes_out: int
+    code: str
+    log_index: int
+    leaf: bytes
+    time: int
+    signature: bytes = field(default=b"", repr=False)
+
+    def signed(self) -> bytes:
+        """What the signature covers."""
+        return cbor.encode([self.invocation, self.bytes_out, self.code, self.log_index, self.leaf, self.time])
+
+    def sign(self, key: SigningKey) -> Receipt:
+        return evolve(self, signature=key.sign(Purpose.RECEIPT, self.signed()))
+
+    def verify(self, certificate: ServiceCertificate, settled: SettleRequest | bytes) -> None:
+        """Raises ReleaseRefused unless the certified service signed it for what was asked to be settled."""
+        if isinstance(settled, SettleRequest):
+            same = (self.invocation, self.bytes_out, self.code) == (
+                settled.invocation,
+                settled.bytes_out,
+                settled.code,
+            )
+        else:
+            same = self.invocation == settled
+        if not same or not certificate.release_key.verify(Purpose.RECEIPT, self.signed(), self.signature):
             raise ReleaseRefused("the receipt is not the service's, or for another use", code="receipt_refused")
 
 

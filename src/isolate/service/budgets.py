@@ -19,6 +19,7 @@ import sqlite3
 
 from isolate.capability.invocation import Invocation, verify_invocation
 from isolate.capability.token import Token, VerifiedToken, verify
+from isolate.crypto import merkle
 from isolate.errors import BudgetExhausted, CapabilityRefused, Revoked
 from isolate.messages.base import Signed
 from isolate.messages.invoke import ENFORCED, Budget, ChargeRequest, Receipt
@@ -26,6 +27,12 @@ from isolate.messages.owner import Done, Revoke
 from isolate.service.broker import Broker, Caller
 from isolate.service.log import Log
 from isolate.service.state import State
+
+
+def _leaf(database: sqlite3.Connection, index: int) -> bytes:
+    """The hash of the entry at ``index`` as a leaf of the log's tree, 32 bytes: what a receipt names."""
+    row = database.execute("SELECT public FROM entry WHERE idx = ?", (index,)).fetchone()
+    return merkle.leaf_hash(bytes(row[0]))
 
 
 class Budgets:
@@ -45,11 +52,13 @@ class Budgets:
         charged = self._broker.acting(request, lambda database, caller: self._charge(database, caller, asked))
         if isinstance(charged, CapabilityRefused):
             raise charged
-        return Receipt.make(*charged, self._state.clock(), self._state.release_key)
+        number, index, leaf = charged
+        receipt = Receipt(number, asked.bytes_out, "", index, leaf, self._state.clock())
+        return receipt.sign(self._state.release_key)
 
     def _charge(
         self, database: sqlite3.Connection, caller: Caller, request: ChargeRequest
-    ) -> tuple[bytes, int] | CapabilityRefused:
+    ) -> tuple[bytes, int, bytes] | CapabilityRefused:
         """The invocation's id and its place in the log; or the refusal, once it is in the log."""
         token = self._verify(request.token)
         invocation = verify_invocation(
@@ -65,7 +74,8 @@ class Budgets:
                 self._check_revoked(database, token)
                 self._check_new(database, invocation.id)
                 self._spend(database, token, request.bytes_out)
-                return invocation.id, self._log.append(database, "use", use)
+                index = self._log.append(database, "use", use)
+                return invocation.id, index, _leaf(database, index)
         except CapabilityRefused as refusal:
             # By the owner's grant: narrowed handles cost nothing to make, and would fill the log one by one.
             self._log.refused(database, "use refused", token.handles[0], refusal.code, use)
