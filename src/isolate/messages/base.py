@@ -4,9 +4,12 @@
     >>> @frozen
     ... class Ping(Message):
     ...     TYPE = "ping"
-    ...     number: int
+    ...     number: Annotated[int, Limit(0, 9)]
     >>> Ping.parse(Ping(number=7).encode())
     Ping(number=7)
+    >>> Ping(number=10)
+    Traceback (most recent call last):
+    isolate.errors.MalformedError: number of message ping is 0 to 9
 
 Spec: docs/spec/service.md, section 1.
 """
@@ -15,7 +18,8 @@ from __future__ import annotations
 
 import hashlib
 import types
-from typing import Any, ClassVar, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import attrs
 from attrs import field, frozen
@@ -28,6 +32,28 @@ MAX_MESSAGE = 1024 * 1024  # bytes; a sealed file's header and directory are the
 NONCE_SIZE = 32
 
 
+@frozen
+class Limit:
+    """How long a field's bytes, text, list or map is, or how large its number: both ends are allowed.
+
+    It stands in the field's type, ``Annotated[bytes, Limit(32, 32)]``, is checked whenever the message is made, and
+    is what the service's OpenAPI description says of that field.
+    """
+
+    least: int
+    most: int
+
+    def admits(self, value: Any) -> bool:
+        return self.least <= (value if type(value) is int else len(value)) <= self.most
+
+    def __str__(self) -> str:
+        return str(self.least) if self.least == self.most else f"{self.least} to {self.most}"
+
+
+Bytes32 = Annotated[bytes, Limit(32, 32)]  # a hash, an id, a nonce
+Bytes64 = Annotated[bytes, Limit(64, 64)]  # a verifying key
+
+
 def check_size(name: str, value: bytes, *sizes: int) -> None:
     """Raise MalformedError unless the value has one of these lengths."""
     if len(value) not in sizes:
@@ -35,12 +61,22 @@ def check_size(name: str, value: bytes, *sizes: int) -> None:
 
 
 class Message:
-    """Base of the messages. Field types are bytes, str, int, bool, list[...], dict[str, ...], and ``| None``."""
+    """Base of the messages. Field types are bytes, str, int, bool, list[...], dict[str, ...], and ``| None``.
+
+    A class with an ``__attrs_post_init__`` of its own calls that of this one first.
+    """
 
     TYPE: ClassVar[str]
 
+    def __attrs_post_init__(self) -> None:
+        for name, hint in _limited(type(self)).items():
+            for value, limit in _measured(getattr(self, name), hint):
+                if not limit.admits(value):
+                    unit = " bytes" if type(value) is bytes else "" if type(value) is int else " long"
+                    raise MalformedError(f"{name} of message {self.TYPE} is {limit}{unit}")
+
     def encode(self) -> bytes:
-        values = {name: getattr(self, name) for name in _hints(type(self))}
+        values = {name: getattr(self, name) for name in hints(type(self))}
         return cbor.encode({"type": self.TYPE, **values})
 
     @classmethod
@@ -49,29 +85,62 @@ class Message:
         value = cbor.decode(data, max_size=MAX_MESSAGE)
         if not isinstance(value, dict) or value.pop("type", None) != cls.TYPE:
             raise MalformedError(f"no message of type {cls.TYPE}")
-        hints = _hints(cls)
-        if set(value) != set(hints):
+        fields = hints(cls)
+        if set(value) != set(fields):
             raise MalformedError(f"message {cls.TYPE} has missing or unknown fields")
-        for name, hint in hints.items():
+        for name, hint in fields.items():
             if not _fits(value[name], hint):
                 raise MalformedError(f"field {name} of message {cls.TYPE} is of the wrong type")
         return cls(**value)
 
 
 _HINTS: dict[Any, dict[str, Any]] = {}
+_LIMITED: dict[Any, dict[str, Any]] = {}
 
 
-def _hints(cls: Any) -> dict[str, Any]:
-    """The types of a message's fields, worked out once a class."""
+def hints(cls: Any) -> dict[str, Any]:
+    """The types of a message's fields, with their limits; worked out once a class."""
     if cls in _HINTS:
         return _HINTS[cls]
-    hints = get_type_hints(cls)
-    names = [a.name for a in attrs.fields(cls)]
-    return _HINTS.setdefault(cls, {name: hints[name] for name in names})
+    found = get_type_hints(cls, include_extras=True)
+    return _HINTS.setdefault(cls, {one.name: found[one.name] for one in attrs.fields(cls)})
+
+
+def _limited(cls: Any) -> dict[str, Any]:
+    """Those of a message's fields that have a limit somewhere."""
+    if cls in _LIMITED:
+        return _LIMITED[cls]
+    return _LIMITED.setdefault(cls, {name: hint for name, hint in hints(cls).items() if _has_limit(hint)})
+
+
+def _has_limit(hint: Any) -> bool:
+    return isinstance(hint, Limit) or any(_has_limit(part) for part in get_args(hint))
+
+
+def _measured(value: Any, hint: Any) -> Iterator[tuple[Any, Limit]]:
+    """Every part of a value that has a limit, with its limit. What is of another type has none here."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        inner, *notes = get_args(hint)
+        if _fits(value, inner):
+            yield from ((value, note) for note in notes if isinstance(note, Limit))
+        yield from _measured(value, inner)
+    elif origin in (Union, types.UnionType):
+        for part in get_args(hint):
+            yield from _measured(value, part)
+    elif origin is list and isinstance(value, list):
+        for part in value:
+            yield from _measured(part, get_args(hint)[0])
+    elif origin is dict and isinstance(value, dict):
+        for key, part in value.items():
+            yield from _measured(key, get_args(hint)[0])
+            yield from _measured(part, get_args(hint)[1])
 
 
 def _fits(value: Any, hint: Any) -> bool:
     origin = get_origin(hint)
+    if origin is Annotated:
+        return _fits(value, get_args(hint)[0])
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     if hint is type(None):
@@ -96,9 +165,9 @@ class Signed(Message):
 
     TYPE = "signed"
     body: bytes
-    nonce: bytes
+    nonce: Bytes32
     audience: str
-    key: bytes
+    key: Bytes64
     token: str
     signature: bytes = field(repr=False)
 
@@ -113,10 +182,6 @@ class Signed(Message):
     @staticmethod
     def _signed(body: bytes, nonce: bytes, audience: str, key: bytes, token: str) -> bytes:
         return cbor.encode([body, nonce, audience, key, token])
-
-    def __attrs_post_init__(self) -> None:
-        check_size("the nonce of a request", self.nonce, NONCE_SIZE)
-        check_size("a verifying key", self.key, 64)
 
     @property
     def digest(self) -> bytes:
