@@ -9,7 +9,7 @@ peer at the other end of TLS is whoever holds the private key, wherever that is 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from attrs import evolve, field, frozen
 
@@ -18,7 +18,7 @@ from isolate.crypto.signing import Purpose, SigningKey
 from isolate.crypto.spiffe import Leaf, is_root, read_leaf
 from isolate.errors import CertificateRefused, MalformedError, UsageError
 from isolate.messages.attest import ServiceCertificate
-from isolate.messages.base import Message, check_size
+from isolate.messages.base import Limit, Message, check_size
 
 MAX_LIFETIME = 3600  # seconds of a certificate's validity, beginning and end included
 BACKDATED = 60  # seconds: the clocks of peers differ
@@ -50,11 +50,7 @@ class IssueRequest(Message):
 
     TYPE = "issue-request"
     csr: bytes
-    lifetime: int
-
-    def __attrs_post_init__(self) -> None:
-        if not SHORTEST <= self.lifetime <= LONGEST:
-            raise MalformedError(f"a certificate is asked for {SHORTEST} to {LONGEST} seconds")
+    lifetime: Annotated[int, Limit(SHORTEST, LONGEST)]
 
 
 @frozen

@@ -9,7 +9,7 @@ Spec: docs/spec/capability.md, and docs/spec/service.md, section 6.
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from attrs import evolve, field, frozen
 
@@ -17,7 +17,7 @@ from isolate.crypto import cbor
 from isolate.crypto.signing import Purpose, SigningKey
 from isolate.errors import MalformedError, ReleaseRefused, UsageError
 from isolate.messages.attest import ServiceCertificate
-from isolate.messages.base import Message, check_size
+from isolate.messages.base import Bytes32, Limit, Message
 
 
 def encode_argument(value: Any) -> Any:
@@ -105,12 +105,8 @@ class Reply(_Padded):
 
 
 MAX_BYTES_OUT = 2**32  # bytes of one use: an account is a 64-bit integer in the service's database
+BytesOut = Annotated[int, Limit(0, MAX_BYTES_OUT)]
 _CODE = re.compile(r"[a-z0-9_]{0,64}")
-
-
-def _check_bytes_out(bytes_out: int) -> None:
-    if not 0 <= bytes_out <= MAX_BYTES_OUT:
-        raise MalformedError(f"one use lets 0 to {MAX_BYTES_OUT} bytes out")
 
 
 @frozen
@@ -120,14 +116,9 @@ class ReserveRequest(Message):
     TYPE = "reserve-request"
     token: bytes = field(repr=False)
     invocation: bytes = field(repr=False)
-    channel_binding: bytes
-    argument_hash: bytes
-    bytes_out: int
-
-    def __attrs_post_init__(self) -> None:
-        check_size("a channel binding", self.channel_binding, 32)
-        check_size("an argument hash", self.argument_hash, 32)
-        _check_bytes_out(self.bytes_out)
+    channel_binding: Bytes32
+    argument_hash: Bytes32
+    bytes_out: BytesOut
 
 
 @frozen
@@ -171,13 +162,12 @@ class SettleRequest(Message):
     """
 
     TYPE = "settle-request"
-    invocation: bytes
-    bytes_out: int
+    invocation: Bytes32
+    bytes_out: BytesOut
     code: str
 
     def __attrs_post_init__(self) -> None:
-        check_size("an invocation's id", self.invocation, 32)
-        _check_bytes_out(self.bytes_out)
+        super().__attrs_post_init__()
         if not _CODE.fullmatch(self.code):
             raise MalformedError("a code is 0 to 64 of a-z 0-9 _")
 
