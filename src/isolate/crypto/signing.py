@@ -66,6 +66,8 @@ class Purpose(StrEnum):
     BLOCK = "capability/block"
     INVOCATION = "capability/invocation"
     RESERVATION = "capability/reservation"
+    APPROVAL = "owner/approval"
+    GROUP_APPROVAL = "owner/group-approval"
     RECEIPT = "capability/receipt"
 
 
