@@ -1,38 +1,56 @@
-"""Budgets: what a handle, and each of its ancestors, has used; and what is revoked.
+"""Budgets: uses are reserved before an operation runs, settled before its output leaves; and handles are revoked.
 
 Spec: docs/spec/service.md, section 6.
 
-A use is charged, in one committed transaction, before its output may leave the enclave. The caller has passed
-checks 1 to 6 of the broker, and then:
+Reserve: the worst case of one use is spent, in one committed transaction, before the operation runs. The caller has
+passed checks 1 to 6 of the broker, and then:
 
-1. the token's chain verifies under the owner's key, and has no limit that is not enforced;
+1. the token's chain verifies under the owner's key, now, and has no limit that is not enforced;
 2. the invocation is by the token's holder, for this channel and these arguments, in the scope;
 3. the asset that the token names is one that the caller may read;
 4. no handle of the chain is revoked;
-5. this invocation was not charged before;
-6. every handle of the chain has uses and bytes left; all are charged together.
+5. this invocation was not reserved before;
+6. every account (isolate.service.accounts) has uses, bytes and, in every window, uses left: all are spent together.
+
+Settle: only after it may the reply leave. Checks 1 to 6 of the broker again, and then:
+
+7. this very instance reserved the invocation;
+8. it was not settled before;
+9. what leaves is no more than was reserved;
+10. the handle has not expired, none of its chain is revoked, and the caller may still read the asset.
+
+Then the bytes that were not needed are given back, and nothing else ever is. What was reserved and never settled
+stays spent: a crash loses budget, and mints none.
 """
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from isolate.capability.invocation import Invocation, verify_invocation
-from isolate.capability.token import Token, VerifiedToken, verify
+from isolate.capability.invocation import Invocation, VerifiedInvocation, verify_invocation
+from isolate.capability.token import ChainCache, VerifiedToken, verify
 from isolate.crypto import merkle
-from isolate.errors import BudgetExhausted, CapabilityRefused, Revoked
+from isolate.errors import CapabilityRefused, OutputRefused, RefusedError
 from isolate.messages.base import Signed
-from isolate.messages.invoke import ENFORCED, Budget, ChargeRequest, Receipt
+from isolate.messages.invoke import (
+    ENFORCED,
+    Budget,
+    ChargeRequest,
+    Receipt,
+    Reservation,
+    ReserveRequest,
+    SettleRequest,
+)
+from isolate.messages.limits import AssetLimits
 from isolate.messages.owner import Done, Revoke
+from isolate.service import accounts
 from isolate.service.broker import Broker, Caller
 from isolate.service.log import Log
 from isolate.service.state import State
 
-
-def _leaf(database: sqlite3.Connection, index: int) -> bytes:
-    """The hash of the entry at ``index`` as a leaf of the log's tree, 32 bytes: what a receipt names."""
-    row = database.execute("SELECT public FROM entry WHERE idx = ?", (index,)).fetchone()
-    return merkle.leaf_hash(bytes(row[0]))
+T = TypeVar("T")
 
 
 class Budgets:
@@ -40,93 +58,147 @@ class Budgets:
         self._state = state
         self._log = log
         self._broker = broker
+        self._chains = ChainCache()
 
     def _verify(self, token: bytes) -> VerifiedToken:
-        verified = verify(Token.parse(token), self._state.owner.ed25519, now=self._state.clock())
+        verified = verify(token, self._state.owner.ed25519, now=self._state.clock(), cache=self._chains)
         verified.scope.require_enforced(ENFORCED)
         return verified
 
-    def charge(self, request: Signed) -> Receipt:
-        """All the checks, then a receipt. A refusal is logged, and changes no account. Raises CapabilityRefused."""
-        asked = ChargeRequest.parse(request.body)
-        charged = self._broker.acting(request, lambda database, caller: self._charge(database, caller, asked))
-        if isinstance(charged, CapabilityRefused):
-            raise charged
-        number, index, leaf = charged
-        receipt = Receipt(number, asked.bytes_out, "", index, leaf, self._state.clock())
-        return receipt.sign(self._state.release_key)
+    def _answered(self, request: Signed, act: Callable[[sqlite3.Connection, Caller], T | RefusedError]) -> T:
+        """What ``act`` answers; a refusal is answered too, so that its log entry is committed, and raised here."""
+        answer = self._broker.acting(request, act)
+        if isinstance(answer, RefusedError):
+            raise answer
+        return answer
 
-    def _charge(
-        self, database: sqlite3.Connection, caller: Caller, request: ChargeRequest
-    ) -> tuple[bytes, int, bytes] | CapabilityRefused:
-        """The invocation's id and its place in the log; or the refusal, once it is in the log."""
-        token = self._verify(request.token)
-        invocation = verify_invocation(
-            Invocation.parse(request.invocation),
-            token,
-            channel_binding=request.channel_binding,
-            argument_hash=request.argument_hash,
+    def reserve(self, request: Signed) -> Reservation:
+        """Checks 1 to 6. A refusal is logged, and changes no account. Raises RefusedError."""
+        asked = ReserveRequest.parse(request.body)
+        number, index = self._answered(request, lambda database, caller: self._reserve(database, caller, asked))
+        return Reservation.make(number, index, self._state.clock(), self._state.release_key)
+
+    def settle(self, request: Signed) -> Receipt:
+        """Checks 7 to 10. A refusal is logged, gives nothing back, and lets nothing leave. Raises RefusedError."""
+        asked = SettleRequest.parse(request.body)
+        return self._answered(request, lambda database, caller: self._settle(database, caller, asked)).sign(
+            self._state.release_key
         )
-        Broker.allow(database, token.asset, caller.result.measurement, "readers")
-        use = {"operation": invocation.operation, "asset": token.asset, "handle": token.handles[-1]}
+
+    def charge(self, request: Signed) -> Receipt:
+        """Both at once."""
+        asked = ChargeRequest.parse(request.body)
+
+        def act(database: sqlite3.Connection, caller: Caller) -> Receipt | RefusedError:
+            reserved = self._reserve(database, caller, asked)
+            if isinstance(reserved, RefusedError):
+                return reserved
+            return self._settle(database, caller, SettleRequest(reserved[0], asked.bytes_out, ""))
+
+        return self._answered(request, act).sign(self._state.release_key)
+
+    def _reserve(
+        self, database: sqlite3.Connection, caller: Caller, request: ReserveRequest
+    ) -> tuple[bytes, int] | RefusedError:
+        """The invocation's id and its place in the log; or the refusal, once it is in the log."""
+        # By the owner's grant: narrowed handles cost nothing to make, and would fill the log one by one. Before a
+        # grant has verified, by who asks.
+        subject, use = caller.result.instance, dict[str, Any]()
         try:
             with self._state.transaction():
-                self._check_revoked(database, token)
-                self._check_new(database, invocation.id)
-                self._spend(database, token, request.bytes_out)
-                index = self._log.append(database, "use", use)
-                return invocation.id, index, _leaf(database, index)
-        except CapabilityRefused as refusal:
-            # By the owner's grant: narrowed handles cost nothing to make, and would fill the log one by one.
-            self._log.refused(database, "use refused", token.handles[0], refusal.code, use)
+                token = self._verify(request.token)
+                subject, use = token.handles[0], {"asset": token.asset, "handle": token.id}
+                invocation = verify_invocation(
+                    Invocation.parse(request.invocation),
+                    token,
+                    channel_binding=request.channel_binding,
+                    argument_hash=request.argument_hash,
+                )
+                use["operation"] = invocation.operation
+                Broker.allow(database, token.asset, caller.result.measurement, "readers")
+                accounts.check_revoked(database, token.handles)
+                spent = accounts.accounts_of(database, token)
+                self._open(database, caller, invocation, [one.id for one in spent], request.bytes_out)
+                accounts.spend(database, spent, uses=1, bytes_out=request.bytes_out, now=self._state.clock())
+                details = {**use, "invocation": invocation.id, "bytes_out": request.bytes_out}
+                return invocation.id, self._log.append(database, "use", details)
+        except RefusedError as refusal:
+            self._log.refused(database, "use refused", subject, refusal.code, use)
             return refusal
 
     @staticmethod
-    def _check_revoked(database: sqlite3.Connection, token: VerifiedToken) -> None:
-        for handle in token.handles:
-            if database.execute("SELECT 1 FROM revoked WHERE handle = ?", (handle,)).fetchone():
-                raise Revoked("this handle, or one it comes from, was revoked")
-
-    @staticmethod
-    def _check_new(database: sqlite3.Connection, invocation: bytes) -> None:
+    def _open(
+        database: sqlite3.Connection,
+        caller: Caller,
+        invocation: VerifiedInvocation,
+        spent: list[bytes],
+        bytes_out: int,
+    ) -> None:
+        token = invocation.token
+        row = (
+            invocation.id, caller.result.instance, token.asset, accounts.joined(token.handles),
+            accounts.joined(spent), bytes_out, token.scope.expires, 0,
+        )  # fmt: skip
         try:
-            database.execute("INSERT INTO charged VALUES (?)", (invocation,))
+            database.execute("INSERT INTO reservation VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
         except sqlite3.IntegrityError:
-            raise CapabilityRefused("this invocation was charged before", code="replayed") from None
+            raise CapabilityRefused("this invocation was reserved before", code="replayed") from None
 
-    @staticmethod
-    def _spend(database: sqlite3.Connection, token: VerifiedToken, bytes_out: int) -> None:
-        for handle, limits in zip(token.handles, token.limits, strict=True):
-            uses, out = database.execute(
-                "INSERT INTO account VALUES (?, 1, ?) ON CONFLICT (handle) DO UPDATE SET "
-                "uses = uses + 1, bytes_out = bytes_out + excluded.bytes_out RETURNING uses, bytes_out",
-                (handle, bytes_out),
-            ).fetchone()
-            if limits.uses is not None and uses > limits.uses:
-                raise BudgetExhausted(f"all {limits.uses} uses of this handle, or of one it comes from, are spent")
-            if limits.bytes_out is not None and out > limits.bytes_out:
-                raise BudgetExhausted("the bytes that may leave through this handle are spent")
+    def _settle(
+        self, database: sqlite3.Connection, caller: Caller, request: SettleRequest
+    ) -> Receipt | RefusedError:
+        row = database.execute(
+            "SELECT instance, asset, handles, accounts, bytes_out, expires, settled FROM reservation "
+            "WHERE invocation = ?",
+            (request.invocation,),
+        ).fetchone()
+        # One answer for both: nobody learns from it what others have open.
+        if row is None or bytes(row[0]) != caller.result.instance:  # 7
+            raise CapabilityRefused("this instance has not reserved this use", code="unknown_reservation")
+        _, asset, handles, spent, reserved, expires, settled = row
+        chain = accounts.parted(bytes(handles))
+        use = {"asset": asset, "handle": chain[-1], "invocation": request.invocation}
+        try:
+            with self._state.transaction():
+                if settled:  # 8
+                    raise CapabilityRefused("this use was settled before", code="replayed")
+                if request.bytes_out > reserved:  # 9
+                    raise OutputRefused(f"{reserved} bytes were reserved for this reply, which is longer")
+                if expires is not None and self._state.clock() >= expires:  # 10
+                    raise CapabilityRefused("this handle expired during the use", code="expired")
+                accounts.check_revoked(database, chain)
+                Broker.allow(database, asset, caller.result.measurement, "readers")
+                accounts.refund(database, accounts.parted(bytes(spent)), reserved - request.bytes_out)
+                database.execute("UPDATE reservation SET settled = 1 WHERE invocation = ?", (request.invocation,))
+                details = {**use, "bytes_out": request.bytes_out, "code": request.code}
+                index = self._log.append(database, "settled", details)
+        except RefusedError as refusal:
+            self._log.refused(database, "settle refused", chain[0], refusal.code, use)
+            return refusal
+        row = database.execute("SELECT public FROM entry WHERE idx = ?", (index,)).fetchone()
+        leaf = merkle.leaf_hash(bytes(row[0]))
+        return Receipt(request.invocation, request.bytes_out, request.code, index, leaf, self._state.clock())
 
     def budget(self, token: bytes, holder: bytes) -> Budget:
         """What is left, for the holder (Ed25519, 32 bytes) of the token. Raises CapabilityRefused."""
         verified = self._verify(token)
         if verified.holder != holder:
             raise CapabilityRefused("only its holder asks for a handle's budget", code="holder_refused")
-        uses: list[int] = []
-        out: list[int] = []
         with self._state.transaction() as database:
-            self._check_revoked(database, verified)
-            for handle, limits in zip(verified.handles, verified.limits, strict=True):
-                row = database.execute("SELECT uses, bytes_out FROM account WHERE handle = ?", (handle,)).fetchone()
-                spent = row or (0, 0)
-                if limits.uses is not None:
-                    uses.append(max(0, limits.uses - spent[0]))
-                if limits.bytes_out is not None:
-                    out.append(max(0, limits.bytes_out - spent[1]))
-        return Budget(min(uses, default=None), min(out, default=None))
+            accounts.check_revoked(database, verified.handles)
+            return Budget(*accounts.left(database, accounts.accounts_of(database, verified)))
 
     def revoke(self, request: Revoke) -> Done:
         """End a handle and all that come from it, at once and for good."""
         with self._state.transaction() as database:
             database.execute("INSERT OR IGNORE INTO revoked VALUES (?)", (request.handle,))
-            return Done(self._log.append(database, "revoke", {"handle": request.handle}))
+            (number,) = database.execute("SELECT count(*) FROM revoked").fetchone()
+            return Done(self._log.append(database, "revoke", {"handle": request.handle, "number": number}))
+
+    def set_limits(self, limits: AssetLimits) -> Done:
+        """Say what all holders of an asset, and each of them, may take from it in all."""
+        row = (limits.asset, limits.uses, limits.bytes_out, limits.holder_uses, limits.holder_bytes)
+        with self._state.transaction() as database:
+            database.execute("INSERT OR REPLACE INTO limits VALUES (?, ?, ?, ?, ?)", row)
+            details = dict(zip(("asset", "uses", "bytes_out", "holder_uses", "holder_bytes"), row, strict=True))
+            return Done(self._log.append(database, "limits", details))

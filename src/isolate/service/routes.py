@@ -18,7 +18,7 @@ from attrs import frozen
 
 from isolate.crypto.signing import Purpose
 from isolate.errors import IsolateError, MalformedError, RefusedError, UnavailableError, UsageError
-from isolate.messages import attest, certificate, invoke, owner
+from isolate.messages import attest, certificate, invoke, limits, owner
 from isolate.messages.base import Answer, Message, Refusal, Signed
 from isolate.service.appraiser import Appraiser
 from isolate.service.authority import Authority
@@ -130,6 +130,10 @@ ROUTES: dict[str, Route] = {
     "register": Route(
         attest.RegisterRequest, attest.Registered, "enclave", lambda s, signed: s.broker.register_for(signed)
     ),
+    "reserve": Route(
+        invoke.ReserveRequest, invoke.Reservation, "enclave", lambda s, signed: s.budgets.reserve(signed)
+    ),
+    "settle": Route(invoke.SettleRequest, invoke.Receipt, "enclave", lambda s, signed: s.budgets.settle(signed)),
     "charge": Route(invoke.ChargeRequest, invoke.Receipt, "enclave", lambda s, signed: s.budgets.charge(signed)),
     "certify": Route(
         certificate.IssueRequest, certificate.Issued, "enclave", lambda s, signed: s.authority.certify(signed)
@@ -142,6 +146,7 @@ ROUTES: dict[str, Route] = {
     ),
     "owner/asset": Route(owner.AssetRequest, attest.Registered, "owner", lambda s, asked: s.broker.newest(asked)),
     "owner/revoke": Route(owner.Revoke, owner.Done, "owner", lambda s, asked: s.budgets.revoke(asked)),
+    "owner/limits": Route(limits.AssetLimits, owner.Done, "owner", lambda s, asked: s.budgets.set_limits(asked)),
     "owner/evidence": Route(
         owner.EvidenceRequest, owner.Evidence, "owner", lambda s, asked: s.appraiser.evidence(asked)
     ),

@@ -35,6 +35,7 @@ from isolate.crypto.kem import Identity, Recipient
 from isolate.crypto.signing import SigningKey, VerifyingKey
 from isolate.errors import IsolateError, RefusedError, StorageError, UnavailableError, UsageError
 from isolate.messages.attest import MAX_RECOVERY, ServiceCertificate
+from isolate.service import accounts
 
 CERTIFICATE_LIFETIME = 90 * 24 * 3600  # seconds
 _KEYS = ("release", "result", "log")
@@ -61,9 +62,6 @@ CREATE TABLE rule (asset TEXT PRIMARY KEY, readers BLOB NOT NULL, writers BLOB N
 CREATE TABLE asset (
     asset TEXT, epoch INTEGER, digest BLOB UNIQUE NOT NULL, header BLOB NOT NULL, directory BLOB NOT NULL,
     log_index INTEGER NOT NULL, PRIMARY KEY (asset, epoch));
-CREATE TABLE account (handle BLOB PRIMARY KEY, uses INTEGER NOT NULL, bytes_out INTEGER NOT NULL);
-CREATE TABLE charged (invocation BLOB PRIMARY KEY);
-CREATE TABLE revoked (handle BLOB PRIMARY KEY);
 CREATE TABLE refused (subject BLOB, code TEXT, count INTEGER NOT NULL, PRIMARY KEY (subject, code));
 CREATE TABLE entry (idx INTEGER PRIMARY KEY, public BLOB NOT NULL, salt BLOB NOT NULL, details BLOB NOT NULL);
 CREATE TABLE node (level INTEGER, idx INTEGER, hash BLOB NOT NULL, PRIMARY KEY (level, idx)) WITHOUT ROWID;
@@ -129,7 +127,7 @@ def _fill(
         not_after=now + CERTIFICATE_LIFETIME,
     ).sign(owner)
     with contextlib.closing(sqlite3.connect(root / "state.db")) as database, database:
-        database.executescript(_SCHEMA)
+        database.executescript(_SCHEMA + accounts.SCHEMA)
         database.executemany(
             "INSERT INTO meta VALUES (?, ?)",
             [("owner", owner.verifying_key.to_bytes()), ("certificate", certificate.encode())],
