@@ -8,18 +8,19 @@ Spec: docs/spec/service.md, sections 2 to 4.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Self
 
 from attrs import evolve, field, frozen
 
 from isolate.crypto import cbor
 from isolate.crypto.kem import PUBLIC_SIZE, Recipient
 from isolate.crypto.signing import Purpose, SigningKey, VerifyingKey
-from isolate.errors import MalformedError, ReleaseRefused
-from isolate.messages.base import NONCE_SIZE, Message, check_size
+from isolate.errors import ReleaseRefused
+from isolate.messages.base import Bytes32, Bytes64, Limit, Message
 
 MAX_RECOVERY = 16  # offline recipients in a certificate
 MAX_COMPARTMENTS = 4096  # ids in one release; a file has no more
+RawRecipient = Annotated[bytes, Limit(PUBLIC_SIZE, PUBLIC_SIZE)]
 
 
 @frozen
@@ -34,22 +35,14 @@ class ServiceCertificate(Message):
     TYPE = "service-certificate"
     name: str
     lineage: str
-    release: bytes
-    result: bytes
-    log: bytes
-    recipient: bytes
-    recovery: list[bytes]
+    release: Bytes64
+    result: Bytes64
+    log: Bytes64
+    recipient: RawRecipient
+    recovery: Annotated[list[RawRecipient], Limit(0, MAX_RECOVERY)]
     not_before: int
     not_after: int
     signature: bytes = field(default=b"", repr=False)
-
-    def __attrs_post_init__(self) -> None:
-        for key in (self.release, self.result, self.log):
-            check_size("a verifying key", key, 64)
-        if len(self.recovery) > MAX_RECOVERY:
-            raise MalformedError(f"a certificate has at most {MAX_RECOVERY} recovery recipients")
-        for raw in (self.recipient, *self.recovery):
-            check_size("a recipient", raw, PUBLIC_SIZE)
 
     def _signed(self) -> bytes:
         keys = [self.release, self.result, self.log, self.recipient, self.recovery]
@@ -102,12 +95,9 @@ class CertificateRequest(Message):
 @frozen
 class ChallengeRequest(Message):
     TYPE = "challenge-request"
-    client_nonce: bytes
+    client_nonce: Bytes32
     job: str
     rank: int
-
-    def __attrs_post_init__(self) -> None:
-        check_size("a client nonce", self.client_nonce, NONCE_SIZE)
 
 
 @frozen
@@ -167,15 +157,9 @@ class ReleaseRequest(Message):
     """Body of a Signed request: keys of the file with this digest; an empty list asks for all compartments."""
 
     TYPE = "release-request"
-    digest: bytes
-    compartments: list[str]
-    nonce: bytes
-
-    def __attrs_post_init__(self) -> None:
-        check_size("a file digest", self.digest, 32)
-        check_size("the nonce of a release", self.nonce, NONCE_SIZE)
-        if len(self.compartments) > MAX_COMPARTMENTS:
-            raise MalformedError(f"at most {MAX_COMPARTMENTS} compartments")
+    digest: Bytes32
+    compartments: Annotated[list[str], Limit(0, MAX_COMPARTMENTS)]
+    nonce: Bytes32
 
 
 @frozen

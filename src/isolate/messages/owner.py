@@ -8,12 +8,15 @@ Spec: docs/spec/service.md, sections 5 and 7.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from attrs import frozen
 
 from isolate.errors import MalformedError
-from isolate.messages.base import Message, check_size
+from isolate.messages.base import Bytes32, Limit, Message
 
 MAX_NAMES = 1024  # measurements in one rule
+Names = Annotated[list[str], Limit(0, MAX_NAMES)]
 MAX_ASSET = 128  # characters, as in a token
 
 
@@ -39,13 +42,12 @@ class AssetRule(Message):
 
     TYPE = "asset-rule"
     asset: str
-    readers: list[str]
-    writers: list[str]
+    readers: Names
+    writers: Names
 
     def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
         _check_asset(self.asset)
-        if max(len(self.readers), len(self.writers)) > MAX_NAMES:
-            raise MalformedError(f"a rule names at most {MAX_NAMES} measurements")
 
 
 @frozen
@@ -53,10 +55,7 @@ class Revoke(Message):
     """End a handle and everything attenuated from it; ``handle`` is its id (docs/spec/capability.md)."""
 
     TYPE = "revoke"
-    handle: bytes
-
-    def __attrs_post_init__(self) -> None:
-        check_size("a handle's id", self.handle, 32)
+    handle: Bytes32
 
 
 @frozen
@@ -87,17 +86,16 @@ class AssetRequest(Message):
     asset: str
 
 
+Size = Annotated[int, Limit(0, 2**64 - 1)]  # of a tree, or a place in it
+
+
 @frozen
 class LogRequest(Message):
     """``old_size`` 0 asks for no consistency proof; ``index`` None for no entry."""
 
     TYPE = "log-request"
-    old_size: int
-    index: int | None
-
-    def __attrs_post_init__(self) -> None:
-        if self.old_size < 0 or (self.index is not None and self.index < 0):
-            raise MalformedError("a size and an index are not negative")
+    old_size: Size
+    index: Size | None
 
 
 @frozen
