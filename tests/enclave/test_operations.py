@@ -76,16 +76,16 @@ def test_arguments_of_another_type_are_refused() -> None:
         return 1
 
     good: dict[str, Any] = {"image": bytes(4), "number": 5}
-    assert look.run({}, good) == 1
+    assert look.run({}, look.decode(good)) == 1
     for change in (
         {"image": bytes(5)}, {"image": bytearray(4)}, {"image": [0] * 4}, {"image": None}, {"number": 0},
         {"number": 6}, {"number": True}, {"number": "1"}, {"number": 1.0}, {"more": 1},
     ):  # fmt: skip
         with pytest.raises(CapabilityRefused) as refused:
-            look.run({}, {**good, **change})
+            look.decode({**good, **change})
         assert refused.value.code == "bad_argument"
     with pytest.raises(CapabilityRefused):
-        look.run({}, {"image": bytes(4)})
+        look.decode({"image": bytes(4)})
 
 
 def test_types_that_are_none() -> None:
@@ -117,5 +117,30 @@ def test_a_digest_names_code_schema_and_version() -> None:
     others = [
         digest(second), digest(first, "other"), digest(first, version=2), digest(first, output=Label(11)),
         digest(first, inputs={"n": Integer(0, 1)}), digest(first, output=Scalar(0, 1, 10)),
+        digest(first, seeded=True), digest(first, price=first), digest(first, price=second),
     ]  # fmt: skip
-    assert len({same, *others}) == 7
+    assert len({same, *others}) == 10
+
+
+def test_a_price_is_at_least_the_reply_and_at_most_an_account() -> None:
+    def priced(price: Any) -> Operation:
+        made: Operation = operation(inputs={"top": Integer(0, 9)}, output=Label(2), price=price)(
+            lambda view, top: 1
+        )
+        return made
+
+    assert [priced(None).cost({"top": 3}), priced(lambda top: top * 1000).cost({"top": 3})] == [256, 3000]
+    assert [priced(lambda top: -5).cost({"top": 3}), priced(lambda top: 10**30).cost({"top": 3})] == [256, 2**32]
+    with pytest.raises(CapabilityRefused) as refused:
+        priced(lambda top: 1 // 0).cost({"top": 3})
+    assert refused.value.code == "bad_argument"
+    with pytest.raises(UsageError):
+        operation(inputs={"seed": Integer(0, 1)}, output=Label(2), seeded=True)(make)
+
+
+@pytest.mark.threat("ENC-33")
+def test_an_operation_without_aggregates_takes_no_handle_with_a_minimum_group() -> None:
+    assert make(1, Label(2)).under(0).run({}, {}) == 1
+    with pytest.raises(CapabilityRefused) as refused:
+        make(1, Label(2)).under(2)
+    assert refused.value.code == "not_enforced"

@@ -1,14 +1,15 @@
-"""Serving handles: the six numbered checks of enclave/runtime.py, and what leaves when one of them refuses."""
+"""Serving handles: the seven numbered checks of enclave/runtime.py, and what leaves when one of them refuses."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from attrs import evolve
 
 from isolate.capability.invocation import Invocation, ReplayGuard, hash_arguments
 from isolate.capability.scope import Range, Scope
@@ -16,11 +17,12 @@ from isolate.capability.token import Token, grant
 from isolate.crypto import cbor
 from isolate.crypto.secret import Secret
 from isolate.crypto.signing import SigningKey
-from isolate.enclave.operations import Array, Integer, Label, operation
+from isolate.enclave.operations import Aggregates, Array, Count, Integer, Label, Rows, Text, Vector, operation
 from isolate.enclave.runtime import MAX_CLIENTS, Server
-from isolate.errors import ChannelClosed, ChannelTruncated, HandshakeRefused, ServiceUnavailable
+from isolate.errors import CapabilityRefused, ChannelClosed, ChannelTruncated, HandshakeRefused, ServiceUnavailable
 from isolate.messages.base import MAX_MESSAGE, Answer, Signed
-from isolate.messages.invoke import Invoke, Receipt, Reply
+from isolate.messages.invoke import Invoke, Receipt, Reply, Reservation, SettleRequest
+from isolate.messages.owner import Revoke
 
 BINDING = b"b" * 32
 CANARY = "canary-1234567890"
@@ -49,11 +51,19 @@ def tamper(view: Any, image: Any) -> Any:
 class Long:
     """An output type of somebody else's, that lets long answers out."""
 
+    kind: ClassVar[str] = "text"
+
     def schema(self) -> list[Any]:
         return ["long"]
 
+    def sizes(self) -> tuple[int, ...]:
+        return (1,)
+
     def check(self, value: Any) -> Any:
         return value
+
+    def longest(self) -> Any:
+        return "x"
 
 
 @operation(inputs={}, output=Long())
@@ -66,7 +76,23 @@ def odd(view: Any) -> Any:
     return object()
 
 
-OPERATIONS = [echo, careless, failing, tamper, long, odd]
+@operation(inputs={"words": Integer(0, 200)}, output=Text(200))
+def speak(view: Any, words: int) -> str:
+    return "word" * words
+
+
+@operation(inputs={"shift": Integer(0, 9)}, output=Aggregates(("a", "b"), {"people": Count()}, 2))
+def count(view: Any, shift: int) -> Any:
+    entity = view["w"].astype(int)
+    return Rows(entity, (entity >= 1 + shift).astype(int))
+
+
+@operation(inputs={}, output=Vector(8, 0, 255, 255), seeded=True)
+def dice(view: Any, seed: bytes) -> Any:
+    return list(seed[:8])
+
+
+OPERATIONS = [echo, careless, failing, tamper, long, odd, speak, count, dice]
 
 
 class Client:
@@ -90,7 +116,7 @@ class Client:
 
     def ask(self, server: Server, operation: Any, arguments: dict[str, Any] | None = None, **changes: Any) -> Reply:
         raw = server.answer(self.request(operation, arguments or {}, **changes), BINDING, self.replay)
-        assert len(raw) == 256
+        assert len(raw) == operation.reply_size
         assert CANARY.encode() not in raw
         return Reply.parse(raw)
 
@@ -118,9 +144,9 @@ def test_check_1_a_token_of_another_owner_or_for_another_asset(realm: Any, serve
     assert client.ask(server, echo, {"number": 1}).code == "expired"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("isolate.enclave.runtime.ENFORCED", frozenset({"operations", "depth"}))
-        assert Client(realm, rates={60: 1}).ask(server, echo, {"number": 1}).code == "not_enforced"
+        assert Client(realm, minimum_group=2).ask(server, echo, {"number": 1}).code == "not_enforced"
     # The service would refuse all of these as well; here they do not even reach it.
-    assert not [one for one in realm.carried if one[0] == "charge"]
+    assert not [one for one in realm.carried if one[0] == "reserve"]
 
 
 @pytest.mark.threat("ENC-12")
@@ -131,7 +157,7 @@ def test_check_2_an_invocation_for_another_channel_or_other_arguments(realm: Any
     assert client.ask(server, echo, {"number": 1}, argument_hash=other).code == "holder_refused"
     narrowed = client.token.attenuate(client.key, Scope(operations={}))
     assert client.ask(server, echo, {"number": 1}, token=narrowed).code == "scope_exceeded"
-    assert not [one for one in realm.carried if one[0] == "charge"]
+    assert not [one for one in realm.carried if one[0] == "reserve"]
 
 
 @pytest.mark.threat("ENC-12")
@@ -140,7 +166,7 @@ def test_check_3_a_request_sent_again_over_the_same_channel(realm: Any, server: 
     raw = client.request(echo, {"number": 1})
     codes = [Reply.parse(server.answer(raw, BINDING, client.replay)).code for _ in range(2)]
     assert codes == ["", "replayed"]
-    assert len([one for one in realm.carried if one[0] == "charge"]) == 1
+    assert len([one for one in realm.carried if one[0] == "reserve"]) == 1
 
 
 @pytest.mark.threat("ENC-12")
@@ -158,7 +184,7 @@ def test_check_4_an_operation_that_does_not_run_here_or_is_of_another_version(re
     )
     limited = Client(realm, parameters={"echo": {"number": Range(0, 5)}})
     assert limited.ask(server, echo, {"number": 6}).code == "scope_exceeded"
-    assert not [one for one in realm.carried if one[0] == "charge"]
+    assert not [one for one in realm.carried if one[0] == "reserve"]
     assert limited.ask(server, echo, {"number": 5}).value == 5
 
 
@@ -180,12 +206,12 @@ def test_check_5_nothing_runs_that_was_not_charged(realm: Any, server: Server) -
         raise ServiceUnavailable("no")
 
     def forged(_: str, body: bytes) -> tuple[int, bytes]:
-        receipt = Receipt(b"i" * 32, 256, "", 1, b"l" * 32, 1).sign(SigningKey.generate())
-        return 200, Answer.make(Signed.parse(body), receipt, SigningKey.generate()).encode()
+        reservation = Reservation.make(b"i" * 32, 1, 1, SigningKey.generate())
+        return 200, Answer.make(Signed.parse(body), reservation, SigningKey.generate()).encode()
 
     def for_another(_: str, body: bytes) -> tuple[int, bytes]:
         key = realm.state.release_key
-        return 200, Answer.make(Signed.parse(body), Receipt(b"i" * 32, 256, "", 1, b"l" * 32, 1).sign(key), key).encode()
+        return 200, Answer.make(Signed.parse(body), Reservation.make(b"i" * 32, 1, 1, key), key).encode()
 
     free = Client(realm, operations={"note": note.digest})
     codes = []
@@ -201,6 +227,7 @@ def test_check_5_a_failed_operation_is_charged(realm: Any, server: Server) -> No
     assert client.ask(server, failing).code == "operation_failed"
     assert client.ask(server, careless).code == "output_refused"
     assert client.ask(server, echo, {"number": 1}).code == "budget_exhausted"
+    assert [one["code"] for one in realm.entries("settled")] == ["operation_failed", "output_refused"]
 
 
 @pytest.mark.threat("ENC-9", "ENC-3")
@@ -209,6 +236,66 @@ def test_check_6_the_weights_themselves_and_what_is_longer_than_was_charged(real
     assert client.ask(server, careless).code == "output_refused"
     assert client.ask(server, long).code == "output_refused"
     assert client.ask(server, odd).code in ("usage", "operation_failed")
+
+
+@pytest.mark.threat("ENC-30")
+@pytest.mark.parametrize("when", ["revoked", "expired"])
+def test_check_7_what_ends_while_the_operation_runs_gets_nothing(realm: Any, server: Server, when: str) -> None:
+    client: Any = None
+
+    @operation(inputs={}, output=Label(10))
+    def slow(view: Any) -> int:
+        if when == "revoked":
+            realm.tell("revoke", Revoke(client.token.id))
+        else:
+            realm.clock.now += 100
+        return 7
+
+    client = Client(realm, operations={"slow": slow.digest}, expires=realm.clock() + 50)
+    reply = client.ask(Server(server._workload, "a/b", {}, [slow]), slow)
+    assert (reply.code, reply.value) == (when, None)
+    assert [len(realm.entries(kind)) for kind in ("use", "settled")] == [1, 0]
+
+
+@pytest.mark.threat("ENC-31")
+def test_check_7_nothing_leaves_without_the_services_receipt_for_it(realm: Any, server: Server) -> None:
+    """Answers to settle that are missing, somebody else's, for another use, another size or another code."""
+    client, key = Client(realm), realm.state.release_key
+
+    def answering(make: Any) -> Any:
+        def courier(route: str, body: bytes) -> tuple[int, bytes]:
+            if route != "settle":
+                return realm.serve(route, body)  # type: ignore[no-any-return]
+            signed = Signed.parse(body)
+            asked = SettleRequest.parse(signed.body)
+            return 200, Answer.make(signed, make(asked), key).encode()
+
+        return courier
+
+    def receipt(asked: SettleRequest, signer: Any = key, **changes: Any) -> Receipt:
+        fields = {"invocation": asked.invocation, "bytes_out": asked.bytes_out, "code": asked.code} | changes
+        return Receipt(**fields, log_index=1, leaf=bytes(32), time=1).sign(signer)
+
+    def missing(_: SettleRequest) -> Any:
+        raise ServiceUnavailable("no")
+
+    realm.courier = answering(receipt)
+    assert client.ask(server, echo, {"number": 42}).value == 42
+    for wrong, code in (
+        (missing, "service_unavailable"),
+        (lambda asked: receipt(asked, SigningKey.generate()), "receipt_refused"),
+        (lambda asked: receipt(asked, invocation=bytes(32)), "receipt_refused"),
+        (lambda asked: receipt(asked, bytes_out=0), "receipt_refused"),
+        (lambda asked: receipt(asked, code="operation_failed"), "receipt_refused"),
+        (lambda asked: evolve(receipt(asked), code="x"), "receipt_refused"),
+        (lambda asked: Reservation.make(asked.invocation, 1, 1, key), "malformed"),
+    ):
+        realm.courier = answering(wrong)
+        reply = client.ask(server, echo, {"number": 42})
+        assert (reply.code, reply.value) == (code, None)
+    # A failure needs its receipt too: else its reply would say more than what was settled.
+    realm.courier = answering(lambda asked: receipt(asked, code=""))
+    assert client.ask(server, failing).code == "receipt_refused"
 
 
 @pytest.mark.threat("ENC-10")
@@ -244,6 +331,67 @@ def test_any_bytes_get_a_padded_refusal(realm: Any, server: Server) -> None:
         assert Reply.parse(reply).code
     for raw in (b"", b"\xff", bytes(MAX_MESSAGE + 1)):
         assert Reply.parse(server.answer(raw, BINDING, client.replay)).code == "malformed"
+
+
+@pytest.mark.threat("ENC-3")
+def test_results_and_refusals_of_an_operation_have_one_length(realm: Any, server: Server) -> None:
+    """``ask`` checks the length of each: results short and long, refusals before and after the charge."""
+    assert speak.reply_size == 1024
+    client = Client(realm, uses=3)
+    for words in (0, 1, 200):
+        assert len(client.ask(server, speak, {"words": words}).value) == 4 * words
+    assert client.ask(server, speak, {"words": 1}).code == "budget_exhausted"
+    assert client.ask(server, speak, {"words": 201}).code == "bad_argument"
+    assert client.ask(server, speak, {"words": 1}, channel_binding=b"x" * 32).code == "holder_refused"
+    other = type(echo)("speak", 1, speak.inputs, speak.output, bytes(32), speak.function)
+    assert client.ask(server, other, {"words": 1}).code == "scope_exceeded"
+
+
+@pytest.mark.threat("ENC-32")
+def test_check_4_outputs_that_the_scope_does_not_allow(realm: Any, server: Server) -> None:
+    """By what the type could let out at most, and before anything runs: the refusal says nothing of the data."""
+    client = Client(realm, outputs={"text": (200,), "label": (10,)})
+    assert client.ask(server, speak, {"words": 1}).code == ""
+    assert client.ask(server, echo, {"number": 1}).code == "scope_exceeded"  # 101 choices
+    assert client.ask(server, dice).code == "scope_exceeded"
+    assert Client(realm, outputs={"text": (199,)}).ask(server, speak, {"words": 1}).code == "scope_exceeded"
+    assert len(realm.entries("use")) == 1
+
+
+@pytest.mark.threat("ENC-33", "AGG-4")
+def test_check_4_a_minimum_group_of_the_token_or_of_the_owner(realm: Any, server: Server) -> None:
+    wide, narrow = Client(realm), Client(realm, minimum_group=3)
+    assert wide.ask(server, count, {"shift": 1}).value == [[2], [2]]
+    assert wide.ask(server, count, {"shift": 0}).value == [None, [3]]
+    assert narrow.ask(server, count, {"shift": 1}).value == [None, None]
+    assert narrow.ask(server, count, {"shift": 0}).value == [None, [3]]
+    assert Client(realm, minimum_group=1).ask(server, count, {"shift": 0}).value == [None, [3]]
+    assert narrow.ask(server, speak, {"words": 1}).code == "not_enforced"
+    owners = Server(server._workload, "a/b", server._view, [count], minimum_group=3)
+    assert wide.ask(owners, count, {"shift": 1}).value == [None, None]
+    assert Client(realm, minimum_group=4).ask(owners, count, {"shift": 0}).value == [None, None]
+    with pytest.raises(CapabilityRefused):
+        Server(server._workload, "a/b", server._view, [count, speak], minimum_group=3)
+
+
+@pytest.mark.threat("ENC-35")
+def test_a_client_chooses_and_repeats_no_seed(realm: Any, server: Server) -> None:
+    client = Client(realm)
+    seeds = [tuple(client.ask(server, dice).value) for _ in range(3)]
+    assert len(set(seeds)) == 3
+    # The very same request, to another enclave of the same code: another secret.
+    raw = client.request(dice, {})
+    twin = Server(server._workload, "a/b", server._view, OPERATIONS)
+    twin._workload = server._workload
+    admitted = [one._admit(*_parsed(raw), BINDING, ReplayGuard(BINDING)) for one in (server, server, twin)]
+    found = [one._perform(use) for one, use in zip((server, server, twin), admitted, strict=True)]
+    assert found[0] == found[1] != found[2]
+    assert client.ask(server, dice, {"seed": b"x" * 32}).code == "bad_argument"
+
+
+def _parsed(raw: bytes) -> tuple[Invoke, Invocation]:
+    request = Invoke.parse(raw)
+    return request, Invocation.parse(request.invocation)
 
 
 class FakeListener:

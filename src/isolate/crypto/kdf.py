@@ -44,6 +44,7 @@ class Label(StrEnum):
     CHANNEL_APPLICATION = "isolate/v1/channel/application"
     CHANNEL_REKEY = "isolate/v1/channel/rekey"
     AUTHORITY_ROOT = "isolate/v1/authority/root"
+    OPERATION_SEED = "isolate/v1/operation/seed"
 
 
 S = TypeVar("S", bound=Secret)

@@ -1,138 +1,74 @@
-"""Operations: what a handle may name, with typed input and an output of a closed type.
+"""Operations: what a handle may name, with typed arguments, a result of a closed type, and a price.
 
     >>> from isolate.enclave.operations import Array, Label, operation
     >>> @operation(inputs={"image": Array("uint8", (2,))}, output=Label(10))
     ... def brightest(view, image):
     ...     return int(image.argmax())
-    >>> brightest.name, brightest.output.check(7)
-    ('brightest', 7)
+    >>> brightest.name, brightest.output.check(7), brightest.reply_size
+    ('brightest', 7, 256)
 
-An operation is named by a digest over its name, version, schema and own source text. What it calls is not in that
-digest: all the code is in the enclave's measurement, and trusted because of that, not because Python confines it.
-The output types are the gate that even a careless operation does not pass. Spec: docs/spec/capability.md.
+An operation is named by a digest over its name, version, schema, price and own source text. What it calls is not in
+that digest: all the code is in the enclave's measurement, and trusted because of that, not because Python confines
+it. The output types are the gate that even a careless operation does not pass. Spec: docs/spec/operations.md.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from isolate.crypto import cbor
-from isolate.errors import CapabilityRefused, OutputRefused, UsageError
+from isolate.enclave.aggregates import Aggregates, Count, Mean, Rows, Sum
+from isolate.enclave.replies import size_of
+from isolate.enclave.values import (
+    Array,
+    Choice,
+    Derived,
+    Input,
+    Integer,
+    Label,
+    Output,
+    Scalar,
+    Text,
+    Vector,
+)
+from isolate.enclave.view import View
+from isolate.errors import CapabilityRefused, UsageError
+from isolate.messages.invoke import MAX_BYTES_OUT
 
-MAX_ELEMENTS = 16 * 1024 * 1024
-
-
-class Input(Protocol):
-    """A type of argument: ``schema`` goes into the digest, ``decode`` refuses what is not of it."""
-
-    def schema(self) -> list[Any]: ...
-    def decode(self, value: Any) -> Any: ...
-
-
-@frozen
-class Array:
-    """A numpy array of one dtype and shape; on the wire its C-order little-endian bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    def __attrs_post_init__(self) -> None:
-        try:
-            plain = self._type.kind in "biufc"
-        except TypeError:
-            plain = False
-        if not plain or any(side < 0 for side in self.shape):
-            raise UsageError("an array has a dtype of numbers, and a shape")
-
-    def schema(self) -> list[Any]:
-        return ["array", self.dtype, list(self.shape)]
-
-    @property
-    def _type(self) -> np.dtype[Any]:
-        return np.dtype(self.dtype).newbyteorder("<")
-
-    def decode(self, value: Any) -> np.ndarray[Any, Any]:
-        count = math.prod(self.shape)
-        if type(value) is not bytes or count > MAX_ELEMENTS or len(value) != count * self._type.itemsize:
-            raise CapabilityRefused("an argument is not of its declared type", code="bad_argument")
-        return np.frombuffer(value, self._type).reshape(self.shape)
-
-
-@frozen
-class Integer:
-    """An integer from ``low`` to ``high``, both included."""
-
-    low: int
-    high: int
-
-    def schema(self) -> list[Any]:
-        return ["integer", self.low, self.high]
-
-    def decode(self, value: Any) -> int:
-        if type(value) is not int or not self.low <= value <= self.high:
-            raise CapabilityRefused("an argument is outside its declared range", code="bad_argument")
-        return value
-
-
-class Output(Protocol):
-    """A closed type of result: ``check`` answers what may leave, or raises OutputRefused."""
-
-    def schema(self) -> list[Any]: ...
-    def check(self, value: Any) -> Any: ...
-
-
-@frozen
-class Label:
-    """One of ``count`` classes, as an integer from 0."""
-
-    count: int
-
-    def __attrs_post_init__(self) -> None:
-        if self.count < 1:
-            raise UsageError("a label has at least one class")
-
-    def schema(self) -> list[Any]:
-        return ["label", self.count]
-
-    def check(self, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < self.count:
-            raise OutputRefused("the result is not of the operation's declared type")
-        return int(value)
-
-
-@frozen
-class Scalar:
-    """A number from ``low`` to ``high``, quantised to ``steps`` steps; what leaves is the step's number."""
-
-    low: int
-    high: int
-    steps: int
-
-    def __attrs_post_init__(self) -> None:
-        if self.low >= self.high or self.steps < 1:
-            raise UsageError("a scalar goes from low to high, in at least one step")
-
-    def schema(self) -> list[Any]:
-        return ["scalar", self.low, self.high, self.steps]
-
-    def check(self, value: Any) -> int:
-        number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-        if not number or (not isinstance(value, int) and not math.isfinite(value)):
-            raise OutputRefused("the result is not of the operation's declared type")
-        part = (float(min(max(value, self.low), self.high)) - self.low) / (self.high - self.low)
-        return round(part * self.steps)
+__all__ = [
+    "Aggregates",
+    "Array",
+    "Choice",
+    "Count",
+    "Derived",
+    "Input",
+    "Integer",
+    "Label",
+    "Mean",
+    "Operation",
+    "Output",
+    "Rows",
+    "Scalar",
+    "Sum",
+    "Text",
+    "Vector",
+    "operation",
+]
 
 
 @frozen
 class Operation:
-    """A registered function. ``digest`` (32 bytes) is what a scope names."""
+    """A registered function. ``digest`` (32 bytes) is what a scope names.
+
+    reply_size  bytes of every reply, results and refusals alike: enough for the longest result of its type
+    seeded      whether the function also gets ``seed``, 32 bytes that only the enclave can make
+    price       of the decoded arguments, the bytes that a use costs where that is more than its reply
+    """
 
     name: str
     version: int
@@ -140,35 +76,85 @@ class Operation:
     output: Output
     digest: bytes
     function: Callable[..., Any] = field(repr=False)
+    reply_size: int = field(init=False)
+    seeded: bool = False
+    price: Callable[..., int] | None = field(default=None, repr=False)
 
-    def run(self, view: Mapping[str, np.ndarray[Any, Any]], arguments: Mapping[str, Any]) -> Any:
-        """Decode the arguments, run, and let out what the output type lets out. Raises CapabilityRefused.
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "reply_size", size_of(self.output))
+
+    def decode(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments as the function takes them. Raises CapabilityRefused, code ``bad_argument``."""
+        if set(arguments) != set(self.inputs):
+            raise CapabilityRefused("the arguments are not those of the operation", code="bad_argument")
+        return {name: self.inputs[name].decode(value) for name, value in arguments.items()}
+
+    def cost(self, decoded: Mapping[str, Any]) -> int:
+        """The bytes that a use with these arguments is charged, at the least its whole reply."""
+        if self.price is None:
+            return self.reply_size
+        try:
+            price = int(self.price(**decoded))
+        except Exception:  # noqa: BLE001 (the boundary: the arguments are the caller's, and stay unsaid)
+            raise CapabilityRefused("the operation has no price for these arguments", code="bad_argument") from None
+        return min(max(price, self.reply_size), MAX_BYTES_OUT)
+
+    def under(self, minimum_group: int) -> Operation:
+        """The same operation where no aggregate may be over fewer distinct entities than this (0: no such limit).
+
+        Raises CapabilityRefused, code ``not_enforced``, for an operation whose results are no aggregates.
+        """
+        if not minimum_group:
+            return self
+        if not isinstance(self.output, Aggregates):
+            raise CapabilityRefused(
+                "this handle asks for a minimum group, and the operation answers no aggregates", code="not_enforced"
+            )
+        return evolve(self, output=self.output.at_least(minimum_group))
+
+    def run(self, view: View, decoded: Mapping[str, Any], **given: Any) -> Any:
+        """Run on decoded arguments, and let out what the output type lets out. Raises CapabilityRefused.
 
         What the function raises becomes the code ``operation_failed``: its own exceptions carry data.
         """
-        if set(arguments) != set(self.inputs):
-            raise CapabilityRefused("the arguments are not those of the operation", code="bad_argument")
-        decoded = {name: self.inputs[name].decode(value) for name, value in arguments.items()}
         try:
-            result = self.function(view, **decoded)
+            result = self.function(view, **decoded, **given)
         except Exception:  # noqa: BLE001 (the boundary)
             raise CapabilityRefused("the operation failed", code="operation_failed") from None
         return self.output.check(result)
 
 
 def operation(
-    *, inputs: Mapping[str, Input], output: Output, version: int = 1
+    *,
+    inputs: Mapping[str, Input],
+    output: Output,
+    version: int = 1,
+    seeded: bool = False,
+    price: Callable[..., int] | None = None,
 ) -> Callable[[Callable[..., Any]], Operation]:
-    """Make an Operation of a function ``f(view, **arguments)``; ``view`` maps tensor names to arrays."""
+    """Make an Operation of a function ``f(view, **arguments)``; ``view`` is a View of the asset.
+
+    ``seeded``: it also gets ``seed``. ``price``: a function of the arguments, for what tells more than its length.
+    """
 
     def make(function: Callable[..., Any]) -> Operation:
+        if seeded and "seed" in inputs:
+            raise UsageError("a seeded operation gets its seed from the enclave, and from nobody else")
         schema = [{name: kind.schema() for name, kind in inputs.items()}, output.schema()]
-        try:
-            source = inspect.getsource(function)
-        except (OSError, TypeError):
-            raise UsageError(f"the source of {function.__name__} is not to be had") from None
-        body = cbor.encode([function.__name__, version, schema, source])
+        body = cbor.encode(
+            [function.__name__, version, schema, _source(function), seeded, "" if price is None else _source(price)]
+        )
         digest = hashlib.sha256(b"isolate/v1/operation\0" + body).digest()
-        return Operation(function.__name__, version, dict(inputs), output, digest, function)
+        return Operation(
+            function.__name__, version, dict(inputs), output, digest, function, seeded=seeded, price=price
+        )
 
     return make
+
+
+def _source(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        name = getattr(function, "__name__", "this function")
+        raise UsageError(f"the source of {name} is not to be had") from None

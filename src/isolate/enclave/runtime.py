@@ -8,12 +8,15 @@ Every invocation passes, in this order:
    limit that is not enforced;
 2. the invocation is by the token's holder, for this channel and these arguments, in the scope;
 3. its counter is above every one before it on this channel;
-4. the operation is registered here, under the very digest that the scope names, and its parameters are in range;
-5. the service has durably charged this use, at the size of a whole padded reply, and says so in a signed receipt;
-6. the result is of the operation's declared, closed type, and fits the reply that was charged.
+4. the operation is registered here, under the very digest that the scope names, its arguments are of their types
+   and in range, and the scope allows its type of output and can have its minimum group;
+5. the service has durably reserved this use, at its worst case in bytes, and says so in a signed reservation;
+6. the result is of the operation's declared, closed type;
+7. the service has settled the use, and found no handle of the chain revoked meanwhile, and says so in a signed
+   receipt for this very size and code.
 
-Results and refusals alike leave as a code and a value in a reply padded to 256 bytes. When they leave tells them
-apart: a refusal comes sooner.
+Results and refusals alike leave as a code and a value in a reply of the one size that the operation has. When they
+leave tells them apart: a refusal comes sooner. Spec: docs/spec/operations.md.
 """
 
 from __future__ import annotations
@@ -23,17 +26,28 @@ import socket
 import struct
 import threading
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from isolate.capability.invocation import Invocation, ReplayGuard, hash_arguments, verify_invocation
+from attrs import frozen
+
+from isolate.capability.invocation import (
+    Invocation,
+    ReplayGuard,
+    VerifiedInvocation,
+    hash_arguments,
+    verify_invocation,
+)
 from isolate.capability.token import ChainCache, verify
 from isolate.crypto import cbor
+from isolate.crypto.kdf import Label, derive
+from isolate.crypto.secret import Secret
 from isolate.enclave.operations import Operation
+from isolate.enclave.replies import fit
+from isolate.enclave.view import View
 from isolate.enclave.workload import Workload
-from isolate.errors import CapabilityRefused, ChannelClosed, IsolateError, OutputRefused, ScopeExceeded
+from isolate.errors import CapabilityRefused, ChannelClosed, IsolateError, ScopeExceeded
 from isolate.messages.base import MAX_MESSAGE
-from isolate.messages.invoke import BUCKET, ENFORCED, ChargeRequest, Invoke, Reply
+from isolate.messages.invoke import BUCKET, ENFORCED, Invoke, ReserveRequest, SettleRequest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,8 +59,22 @@ MAX_CLIENTS = 64  # at once, those in their handshake included
 IDLE = 60.0  # seconds for a handshake, and between two requests
 
 
+@frozen
+class _Admitted:
+    """A use that passed checks 1 to 4; what it would cost is not yet reserved."""
+
+    invocation: VerifiedInvocation
+    operation: Operation
+    decoded: dict[str, Any]
+    request: ReserveRequest
+
+
 class Server:
-    """The operations of one enclave on one asset. ``view`` maps tensor names to arrays, read-only to operations."""
+    """The operations of one enclave on one asset. ``view`` maps tensor names to arrays, read-only to operations.
+
+    ``minimum_group``: distinct entities behind every aggregate, by the wish of whoever owns the asset. 0 is no such
+    wish, and leaves it to operations and tokens.
+    """
 
     def __init__(
         self,
@@ -54,14 +82,15 @@ class Server:
         asset: str,
         view: Mapping[str, np.ndarray[Any, Any]],
         operations: Sequence[Operation],
+        *,
+        minimum_group: int = 0,
     ) -> None:
         self._workload = workload
         self._asset = asset
-        self._view = MappingProxyType(dict(view))
-        for array in self._view.values():
-            array.flags.writeable = False
-        self._operations = {operation.name: operation for operation in operations}
+        self._view = View(view)
+        self._operations = {operation.name: operation.under(minimum_group) for operation in operations}
         self._chains = ChainCache()
+        self._seeds = Secret.generate(32)
 
     def run(self) -> None:
         """Serve clients until the process ends. A refused client ends its own channel and no other."""
@@ -101,38 +130,70 @@ class Server:
 
     def answer(self, message: bytes | bytearray, binding: bytes, replay: ReplayGuard) -> bytes:
         """The padded reply to one Invoke. Never raises: a failure is a code and a request id."""
-        request_id = os.urandom(8).hex()
+        request_id, size = os.urandom(8).hex(), BUCKET
         try:
-            reply = Reply("", self._invoke(Invoke.parse(bytes(message)), binding, replay), request_id).padded()
-            if len(reply) > BUCKET:
-                raise OutputRefused("the result is longer than the reply that was charged")
+            request = Invoke.parse(bytes(message))
+            claimed = Invocation.parse(request.invocation)
+            # By what it claims, before anything is checked: a refusal is as long as the result would have been.
+            if claimed.operation in self._operations:
+                size = self._operations[claimed.operation].reply_size
+            return self._use(self._admit(request, claimed, binding, replay), request_id)
         except IsolateError as error:
             code = error.code
         except Exception:  # noqa: BLE001 (the boundary: an exception carries data)
             code = "operation_failed"
-        else:
-            return reply
         self._workload.report("invocation_refused", code=code, request_id=request_id)
-        return Reply(code, None, request_id).padded()
+        return fit(code, None, request_id, size)
 
-    def _invoke(self, request: Invoke, binding: bytes, replay: ReplayGuard) -> Any:
+    def _admit(self, request: Invoke, claimed: Invocation, binding: bytes, replay: ReplayGuard) -> _Admitted:
         owner = self._workload.configuration.owner.ed25519
-        token = verify(request.token, owner, now=self._workload.now(), cache=self._chains)
+        token = verify(request.token, owner, now=self._workload.now(), cache=self._chains)  # 1
         if token.asset != self._asset:
             raise ScopeExceeded("this token is for another asset")
         token.scope.require_enforced(ENFORCED)
         arguments = hash_arguments(cbor.encode(request.arguments))
-        invocation = verify_invocation(
-            Invocation.parse(request.invocation), token, channel_binding=binding, argument_hash=arguments
-        )
-        replay.admit(invocation)
-        operation = self._operations.get(invocation.operation)
+        invocation = verify_invocation(claimed, token, channel_binding=binding, argument_hash=arguments)  # 2
+        replay.admit(invocation)  # 3
+        operation = self._operations.get(invocation.operation)  # 4
         if operation is None or operation.digest != invocation.operation_digest:
             raise CapabilityRefused("no such operation runs here", code="unknown_operation")
         token.scope.check_arguments(operation.name, request.arguments)
-        charge = ChargeRequest(request.token, request.invocation, binding, arguments, BUCKET)
-        self._workload.charge(charge, invocation.id)
-        return operation.run(self._view, request.arguments)
+        decoded = operation.decode(request.arguments)
+        # The declared type is what counts, at its greatest: so that what is refused here says nothing of the data.
+        token.scope.check_output(operation.output.kind, *operation.output.sizes())
+        operation = operation.under(token.scope.minimum_group or 0)
+        cost = operation.cost(decoded)
+        return _Admitted(
+            invocation,
+            operation,
+            decoded,
+            ReserveRequest(request.token, request.invocation, binding, arguments, cost),
+        )
+
+    def _use(self, use: _Admitted, request_id: str) -> bytes:
+        """Reserve, run, settle; then the reply, of a result or of a refusal that was charged as well."""
+        number, size = use.invocation.id, use.operation.reply_size
+        self._workload.reserve(use.request, number)  # 5
+        try:
+            code, reply = "", fit("", self._perform(use), request_id, size)  # 6
+        except IsolateError as error:
+            code = error.code
+        except Exception:  # noqa: BLE001 (the boundary: an exception carries data)
+            code = "operation_failed"
+        # Nothing is given back: the reply is as long as was reserved, whatever is in it.
+        self._workload.settle(SettleRequest(number, use.request.bytes_out, code), number)  # 7
+        if code:
+            self._workload.report("invocation_refused", code=code, request_id=request_id)
+            return fit(code, None, request_id, size)
+        return reply
+
+    def _perform(self, use: _Admitted) -> Any:
+        given = {}
+        if use.operation.seeded:
+            with derive(self._seeds, Label.OPERATION_SEED, use.invocation.id, use.operation.digest) as seed:
+                given["seed"] = bytes(seed.expose())
+        with self._view.lent() as view:
+            return use.operation.run(view, use.decoded, **given)
 
 
 def peer_pid(channel: Channel) -> int:

@@ -62,7 +62,7 @@ from isolate.messages.attest import (
 from isolate.messages.base import M, Message, Signed
 from isolate.messages.certificate import Issued, IssueRequest
 from isolate.messages.http import ask, post
-from isolate.messages.invoke import ChargeRequest, Receipt
+from isolate.messages.invoke import ChargeRequest, Receipt, Reservation, ReserveRequest, SettleRequest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -271,6 +271,23 @@ class Workload:
         """Have a use charged, durably. Raises the refusal, or ReleaseRefused for a receipt that is not ours."""
         receipt, standing = self._ask("charge", request, Receipt)
         receipt.verify(standing.certificate, number)
+        return receipt
+
+    def reserve(self, request: ReserveRequest, number: bytes) -> Reservation:
+        """Have a use reserved at its worst case, durably, before it runs; ``number`` is its invocation's id.
+
+        Raises the refusal, or ReleaseRefused for a reservation that is not ours.
+        """
+        reservation, standing = self._ask("reserve", request, Reservation)
+        reservation.verify(standing.certificate, number)
+        return reservation
+
+    def settle(self, request: SettleRequest, number: bytes) -> Receipt:
+        """Have a reserved use settled: only after this may its reply leave. Raises as ``reserve`` does."""
+        if request.invocation != number:
+            raise UsageError("a use is settled under its own invocation's id")
+        receipt, standing = self._ask("settle", request, Receipt)
+        receipt.verify(standing.certificate, request)
         return receipt
 
     def certify(self, request: IssueRequest) -> tuple[Issued, ServiceCertificate]:

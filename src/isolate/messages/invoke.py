@@ -44,7 +44,12 @@ def encode_argument(value: Any) -> Any:
 
 
 # The limits of a scope that enclave and service enforce. A token with any other is refused, not obeyed less.
-ENFORCED = frozenset({"operations", "parameters", "uses", "bytes_out", "rates", "not_before", "expires", "depth"})
+ENFORCED = frozenset(
+    {
+        *("operations", "parameters", "outputs", "minimum_group"),
+        *("uses", "bytes_out", "rates", "not_before", "expires", "depth"),
+    }
+)
 
 BUCKET = 256  # bytes of a padded reply: its length tells a result from a refusal to nobody
 REQUEST_BUCKET = 1024  # bytes: a request has a multiple, which hides the names of operations of one size

@@ -1,0 +1,136 @@
+"""The closed types: which few forms go in and come out, and in how many bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isolate.capability.scope import OUTPUT_KINDS
+from isolate.enclave.operations import Aggregates as Table
+from isolate.enclave.operations import Choice, Count, Derived, Label, Mean, Scalar, Sum, Text, Vector
+from isolate.enclave.replies import MAX_CODE, fit, size_of
+from isolate.enclave.values import bits
+from isolate.errors import CapabilityRefused, OutputRefused, UsageError
+from isolate.messages.invoke import Reply
+
+OUTPUTS: list[Any] = [
+    Label(10), Label(2**40), Choice(("yes", "no")), Scalar(0, 1, 100), Scalar(-1, 1, 2**53), Vector(300, 0, 1, 255),
+    Text(1), Text(1000), Derived(), Table(("a", "b"), {"n": Count(), "m": Mean(0, 9, 90), "s": Sum(-9, 9, 1)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("output", OUTPUTS, ids=repr)
+def test_a_type_is_of_a_kind_that_scopes_limit(output: Any) -> None:
+    assert len(output.sizes()) == len(OUTPUT_KINDS[output.kind])
+    assert all(type(size) is int and size >= 0 for size in output.sizes())
+
+
+@pytest.mark.parametrize("output", OUTPUTS, ids=repr)
+def test_the_longest_value_passes_and_fits(output: Any) -> None:
+    if not isinstance(output, Derived | Table):
+        longest = output.longest()
+        assert output.check(output.read(longest) if hasattr(output, "read") else longest) == longest
+    size = size_of(output)
+    assert len(fit("", output.longest(), "0" * 16, size)) == size
+
+
+@pytest.mark.threat("ENC-3")
+@pytest.mark.parametrize("size", [256, 512, 768, 66048])
+def test_a_reply_has_one_length_whatever_is_in_it(size: int) -> None:
+    """Also those lengths that the head of the padding would jump over."""
+    for length in range(min(size, 700) - 100):
+        reply = fit("", "x" * length, "ab" * 8, size)
+        assert len(reply) == size
+        assert Reply.parse(reply).value == "x" * length
+    for length in (size - 360, size - 95, size - 96) if size > 60000 else ():
+        assert len(fit("", "x" * length, "ab" * 8, size)) == size
+    assert len(fit("x" * MAX_CODE, None, "ab" * 8, size)) == size
+    with pytest.raises(OutputRefused):
+        fit("", "x" * size, "ab" * 8, size)
+
+
+def test_bits() -> None:
+    assert [bits(count) for count in (1, 2, 3, 256, 257)] == [0, 1, 2, 8, 9]
+
+
+@pytest.mark.threat("ENC-9")
+@pytest.mark.parametrize(
+    "odd", ["x" * 41, "é" * 21, "\ud800", "a\x1b[2J", "a\x00", "\u202e", b"x", 1, None, ["x"], np.bytes_(b"x")]
+)
+def test_a_careless_operation_answers_more_than_a_text(odd: Any) -> None:
+    with pytest.raises(OutputRefused):
+        Text(10).check(odd)
+
+
+@pytest.mark.threat("ENC-9")
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [0.5] * 4, [0.5] * 2, [0.5, math.nan, 0.5], [[0.5]] * 3, "abc", b"abc", 1.0, None, np.ones((3, 1)),
+        np.array(["a"] * 3), np.array([1j] * 3), [True, 0.5, 0.5], {1.0, 2.0, 3.0},
+    ],
+)  # fmt: skip
+def test_a_careless_operation_answers_more_than_a_vector(odd: Any) -> None:
+    with pytest.raises(OutputRefused):
+        Vector(3, 0, 1, 10).check(odd)
+
+
+@pytest.mark.threat("ENC-9")
+@pytest.mark.parametrize("odd", ["maybe", b"yes", 0, None, ["yes"]])
+def test_a_careless_operation_answers_more_than_a_choice(odd: Any) -> None:
+    with pytest.raises(OutputRefused):
+        Choice(("yes", "no")).check(odd)
+
+
+@pytest.mark.threat("ENC-9")
+@pytest.mark.parametrize(
+    "odd", [{}, None, {"w": [1]}, {1: np.ones(1)}, {"w": np.array([object()])}, {"w": np.array(["text"])}, b"x"]
+)
+def test_a_careless_operation_derives_what_is_no_tensor(odd: Any) -> None:
+    with pytest.raises(OutputRefused):
+        Derived().check(odd)
+
+
+def test_good_results_leave_in_their_closed_form() -> None:
+    steps = Vector(3, 0, 1, 10).check(np.array([0.11, 5, -5], np.float32))
+    assert (steps, {type(step) for step in steps}) == ([1, 10, 0], {int})
+    assert Vector(3, 0, 1, 10).read(steps) == [0.1, 1.0, 0.0]
+
+    class Loud(str):
+        secret = "canary"
+
+    for output in (Text(10), Choice(("yes", "no"))):
+        assert type(output.check(Loud("yes"))) is str  # type: ignore[attr-defined]
+
+
+def test_arguments_of_each_type() -> None:
+    good: list[tuple[Any, Any, Any]] = [
+        (Choice(("yes", "no")), "no", "no"), (Text(2), "12345678", "12345678"), (Text(2), "\x00", "\x00"),
+        (Scalar(0, 1, 4), 3, 0.75),
+        (Derived(), reference := {"asset": "a", "digest": bytes(32), "handle": bytes(32)}, reference),
+    ]  # fmt: skip
+    for kind, value, meant in good:
+        assert kind.decode(value) == meant
+    bad: list[tuple[Any, Any]] = [
+        (Choice(("yes", "no")), "maybe"), (Choice(("yes", "no")), 1), (Text(2), "123456789"), (Text(2), b"x"),
+        (Scalar(0, 1, 4), 5), (Scalar(0, 1, 4), -1), (Scalar(0, 1, 4), 0.5), (Scalar(0, 1, 4), True),
+        (Derived(), b"x"), (Derived(), {**reference, "more": 1}), (Derived(), {**reference, "digest": bytes(31)}),
+        (Derived(), {**reference, "handle": "x"}), (Derived(), {}),
+    ]  # fmt: skip
+    for kind, value in bad:
+        with pytest.raises(CapabilityRefused) as refused:
+            kind.decode(value)
+        assert refused.value.code == "bad_argument"
+
+
+def test_types_that_are_none() -> None:
+    for attempt in (
+        lambda: Choice(()), lambda: Choice(("a", "a")), lambda: Choice((1,)), lambda: Text(0), lambda: Text(2**20),  # type: ignore[arg-type]
+        lambda: Vector(0, 0, 1, 1), lambda: Vector(2**20, 0, 1, 1), lambda: Vector(1, 1, 1, 1),
+        lambda: Scalar(0, 1, 2**60), lambda: size_of(Vector(65536, 0, 1, 2**53)) and size_of(Text(2**18)),
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            attempt()
