@@ -69,6 +69,7 @@ def outside(folder):
     )
     service, platform, enclave = (f"unix:{folder}/{name}" for name in ("service", "platform", "enclave"))
     serve = ["isolate", "serve", "--state", f"{folder}/state", "--listen", service, "--init", f"{folder}/owner.key"]
+    serve += ["--passphrase-file", f"{folder}/passphrase"]  # made there, and opens the service's own keys
     with (
         running("serving on", *serve, "--lineage", "acme", "--recovery", str(recovery.recipient)),
         running("ready", "isolate.launch.platform", "--state", f"{folder}/platform-state", "--listen", platform),

@@ -139,6 +139,7 @@ def owner_of(folder, name, host):
     key.save(folder / "owner.key")
     app = application(folder, key, name)
     words = ["--state", f"{folder}/state", "--listen", service, "--init", f"{folder}/owner.key", "--name", name]
+    words += ["--passphrase-file", f"{folder}/passphrase-{name}"]
     with running("serving on", "isolate", "serve", *words, "--lineage", name):
         owner = Owner(key, service=service, lineage=name)
         reference = Reference(JOB, "simulated", measure(app).registers)

@@ -49,7 +49,7 @@ when a service made it, ``request_id``. No message carries a secret, plaintext o
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class IsolateError(Exception):
@@ -74,6 +74,8 @@ class IsolateError(Exception):
         self.code = code or self.default_code
         self.hint = self.default_hint if hint is None else hint
         self.request_id = request_id
+        # Which checks this came of, for the owner to ask about later (isolate.service.explain): sent to nobody.
+        self.checks: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
         text = self.message

@@ -201,7 +201,7 @@ def test_another_owner_and_a_forged_owner(chain: list[Any], people: Any, now: in
     with pytest.raises(CapabilityRefused, match="another owner"):
         verify(chain[0], people.pub(people.thief), now=now)
     claim = chain[0].claims[0]
-    block = Block(claim.scope, people.pub(people.thief), bytes(16), claim.owner, claim.asset).encode()
+    block = Block(claim.scope, people.pub(people.thief), bytes(16), claim.owner, claim.asset, 1).encode()
     forged = Token((block,), (people.thief.sign(Purpose.GRANT, Token((block,), (bytes(64),)).id),))
     with pytest.raises(CapabilityRefused, match="owner's signature"):
         verify(forged, people.pub(people.owner), now=now)
@@ -356,7 +356,7 @@ def test_another_version_is_refused(chain: list[Any]) -> None:
 def test_a_verified_token_cannot_be_made_by_hand(chain: list[Any], people: Any, now: int) -> None:
     seen = verify(chain[0], people.pub(people.owner), now=now)
     with pytest.raises(UsageError):
-        VerifiedToken("digits", seen.owner, seen.scope, seen.handles, seen.limits, seen.holders, object())
+        VerifiedToken("digits", 1, seen.owner, seen.scope, seen.handles, seen.limits, seen.holders, object())
     with pytest.raises(UsageError):
         attrs.evolve(seen, asset="secret")
 

@@ -38,11 +38,13 @@ from isolate.messages.attest import RegisterRequest as Register
 from isolate.messages.base import Message, Refusal, Signed
 from isolate.messages.invoke import ChargeRequest
 from isolate.messages.owner import AssetRule, Done, PolicyUpdate
+from isolate.sealed.recipients import Passphrase
 from isolate.service.routes import Service
 from isolate.service.state import State, create
 
 NOW = 1_780_000_000
 NAME, LINEAGE, JOB = "svc", "acme", "acme/job"
+UNLOCK = Passphrase("what opens its keys", memory=64, passes=1)
 DIGEST = b"d" * 32  # of the operation that tokens here allow
 
 
@@ -76,12 +78,12 @@ class Realm:
     """Owner, service, platform; enclaves on request. ``courier`` carries every request, and may lie."""
 
     def __init__(self, folder: Path, name: str = NAME, owner: SigningKey | None = None) -> None:
-        self.folder, self.clock = folder, Clock()
+        self.folder, self.clock, self.unlock = folder, Clock(), UNLOCK
         self.owner, self.recovery = owner or SigningKey.generate(), Identity.generate()
         self.root = SimulatedRoot.generate(clock=self.clock)
         create(
             folder / "state", owner=self.owner, name=name, lineage=LINEAGE,
-            recovery=[self.recovery.recipient], now=NOW,
+            recovery=[self.recovery.recipient], unlock=UNLOCK, now=NOW,
         )  # fmt: skip
         self.courier: Callable[[str, bytes], tuple[int, bytes]] = self.serve
         self.carried: list[tuple[str, bytes]] = []
@@ -90,7 +92,7 @@ class Realm:
         self.set_policy()
 
     def open(self) -> None:
-        self.state = State(self.folder / "state", clock=self.clock)
+        self.state = State(self.folder / "state", unlock=self.unlock, clock=self.clock)
         self.service = Service(self.state)
 
     def reopen(self) -> None:
@@ -120,7 +122,11 @@ class Realm:
 
     def owner_request(self, body: Message, key: SigningKey | None = None) -> Signed:
         return Signed.make(
-            Purpose.OWNER_REQUEST, key or self.owner, body.encode(), Secret.generate(32).expose().tobytes(), NAME
+            Purpose.OWNER_REQUEST,
+            key or self.owner,
+            body.encode(),
+            Secret.generate(32).expose().tobytes(),
+            self.state.audience,
         )
 
     def tell(self, route: str, body: Message, answer: type[Any] = Done) -> Any:
@@ -220,7 +226,8 @@ class Realm:
         """A request as this enclave makes it; ``changes``: purpose, signer, nonce, audience, token."""
         fields: dict[str, Any] = {
             "purpose": Purpose.ENCLAVE_REQUEST, "signer": workload._signing, "body": body.encode(),
-            "nonce": Secret.generate(32).expose().tobytes(), "audience": NAME, "token": workload.token(),
+            "nonce": Secret.generate(32).expose().tobytes(), "audience": self.state.audience,
+            "token": workload.token(),
         }  # fmt: skip
         return Signed.make(**(fields | changes))
 
@@ -250,6 +257,11 @@ class Realm:
             rows = database.execute("SELECT public, details FROM entry ORDER BY idx").fetchall()
         found = [{"kind": cbor.decode(public)["kind"], **cbor.decode(details)} for public, details in rows]
         return [one for one in found if kind in (None, one["kind"])]
+
+    def public(self) -> list[dict[str, Any]]:
+        """The log's entries as the public sees them."""
+        with self.state.transaction() as database:
+            return [cbor.decode(row[0]) for row in database.execute("SELECT public FROM entry ORDER BY idx")]
 
     def rows(self) -> dict[str, int]:
         """How many rows each table has."""

@@ -34,7 +34,7 @@ def test_an_owners_request_by_somebody_else_and_replayed(realm: Any) -> None:
     good = realm.owner_request(revoke)
     # Under the owner's name, with the thief's signature; for another purpose; of an attested enclave.
     named = evolve(thief, key=realm.owner.verifying_key.to_bytes())
-    wrong = Signed.make(Purpose.HOLDER_REQUEST, realm.owner, revoke.encode(), bytes(32), "svc")
+    wrong = Signed.make(Purpose.HOLDER_REQUEST, realm.owner, revoke.encode(), bytes(32), "svc/1")
     enclave = realm.signed_by(realm.enclave(), revoke, purpose=Purpose.OWNER_REQUEST)
     moved = Signed.make(Purpose.OWNER_REQUEST, realm.owner, revoke.encode(), bytes(32), "another")
     rows = realm.rows()
@@ -161,7 +161,7 @@ def test_a_body_that_is_signed_and_odd(realm: Any) -> None:
         key, purpose = (
             (realm.owner, Purpose.OWNER_REQUEST) if number % 2 else (enclave._signing, Purpose.ENCLAVE_REQUEST)
         )
-        signed = Signed.make(purpose, key, raw, dice.randbytes(32), "svc", "" if number % 2 else enclave.token())
+        signed = Signed.make(purpose, key, raw, dice.randbytes(32), "svc/1", "" if number % 2 else enclave.token())
         for route in (name for name, row in ROUTES.items() if row.who != "anyone"):
             status, answer = realm.serve(route, signed.encode())
             assert status in (200, 400, 403), (route, raw.hex())
@@ -197,7 +197,7 @@ def test_a_refusal_has_the_class_of_its_error(realm: Any) -> None:
 
 
 def test_the_log_is_proved_to_anyone(realm: Any) -> None:
-    key, origin = realm.state.certificate.log_key.ed25519, "isolate/svc"
+    key, origin = realm.state.certificate.log_key.ed25519, "isolate/svc/1"
 
     def ask(old: int, index: int | None) -> LogAnswer:
         answer: LogAnswer = realm.post("", "log", LogRequest(old, index), LogAnswer)

@@ -354,14 +354,11 @@ def test_a_root_is_published_before_it_is_used_and_followed_in_time(realm: Any) 
     assert bundle(realm).roots == [second]
 
 
-def test_after_months_of_rest_or_a_clock_that_jumped_there_is_a_root_of_now(realm: Any) -> None:
-    now = realm.clock()
+def test_after_months_of_rest_there_is_a_root_of_now(realm: Any) -> None:
     bundle(realm)
-    for step in (authority.ROOT_LIFETIME * 2, -authority.ROOT_LIFETIME * 2):
-        realm.clock.now += step
-        (root,) = bundle(realm).roots
-        assert x509.valid_at(x509.load(root)[0], realm.clock())
-    assert realm.clock() == now
+    realm.clock.now += authority.ROOT_LIFETIME * 2
+    (root,) = bundle(realm).roots
+    assert x509.valid_at(x509.load(root)[0], realm.clock())
     realm.clock.now -= authority.CLOCK_STEP
     assert bundle(realm).roots == [root]
 

@@ -47,7 +47,7 @@ class Till:
 
     def left(self, token: Token, holder: SigningKey) -> Budget:
         body = BudgetRequest(token.encode()).encode()
-        signed = Signed.make(Purpose.HOLDER_REQUEST, holder, body, b"n" * 32, "svc")
+        signed = Signed.make(Purpose.HOLDER_REQUEST, holder, body, b"n" * 32, "svc/1")
         budget: Budget = self.realm.ask("budget", signed, Budget)
         return budget
 
@@ -80,7 +80,9 @@ def test_check_1_a_token_of_another_owner_an_expired_one_and_rubbish(
     request = realm.use(token, holder)
     realm.clock.now += 10
     assert till.code(request) == "expired"
+    # Set back, the clock brings nothing back.
     realm.clock.now -= 10
+    assert till.code(realm.use(token, holder)) == "expired"
     assert till.code(evolve(request, token=b"rubbish")) == "token_malformed"
     fresh = realm.use(realm.grant(holder), holder)
     assert till.code(evolve(fresh, invocation=b"rubbish")) == "invocation_malformed"

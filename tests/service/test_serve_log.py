@@ -32,6 +32,7 @@ def isolate(*words: str) -> subprocess.CompletedProcess[str]:
 def served(folder: Path, *words: str, end: int = signal.SIGTERM) -> Iterator[str]:
     address = f"unix:{folder}/socket"
     line = command("serve", "--state", f"{folder}/state", "--listen", address, "--checkpoint", f"{folder}/head")
+    line += ["--passphrase-file", f"{folder}/passphrase"]
     with subprocess.Popen([*line, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None
@@ -81,6 +82,8 @@ def test_a_restored_service_does_not_start(tmp_path: Path, key: Any) -> None:
         f"unix:{tmp_path}/socket",
         "--checkpoint",
         str(head),
+        "--passphrase-file",
+        str(tmp_path / "passphrase"),
     ]
     done = isolate(*again)
     assert done.returncode == 1

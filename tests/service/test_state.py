@@ -9,18 +9,31 @@ from typing import Any
 import pytest
 
 from isolate.crypto.kem import Identity
+from isolate.crypto.secret import Secret
 from isolate.crypto.signing import SigningKey
-from isolate.errors import IsolateError, RefusedError, StorageError, UsageError
+from isolate.errors import IsolateError, NoRecipient, RefusedError, StorageError, UsageError
+from isolate.messages.certificate import BundleRequest, TrustBundle
+from isolate.sealed.recipients import Passphrase
+from isolate.service import state as states
+from isolate.service.clock import SteadyClock
+from isolate.service.keyring import Keyring
 from isolate.service.state import State, create
 
 CLOCK = 1_780_000_000
+UNLOCK = Passphrase("what opens its keys", memory=64, passes=1)
 
 
 def make(folder: Path, **changes: Any) -> Any:
     fields: dict[str, Any] = {
-        "owner": SigningKey.generate(), "name": "svc", "lineage": "acme", "recovery": [], "now": CLOCK,
+        "owner": SigningKey.generate(), "name": "svc", "lineage": "acme", "recovery": [], "unlock": UNLOCK,
+        "now": CLOCK,
     }  # fmt: skip
     return create(folder, **(fields | changes))
+
+
+def opened(folder: Path, **changes: Any) -> State:
+    fields: dict[str, Any] = {"unlock": UNLOCK, "clock": lambda: CLOCK}
+    return State(folder, **(fields | changes))
 
 
 def rows(state: State) -> int:
@@ -32,10 +45,10 @@ def rows(state: State) -> int:
 @pytest.mark.threat("SVC-23")
 def test_a_second_writer_on_one_state(realm: Any) -> None:
     with pytest.raises(StorageError) as refused:
-        State(realm.folder / "state", clock=realm.clock)
+        State(realm.folder / "state", unlock=UNLOCK, clock=realm.clock)
     assert refused.value.code == "second_writer"
     realm.state.close()
-    State(realm.folder / "state", clock=realm.clock).close()
+    State(realm.folder / "state", unlock=UNLOCK, clock=realm.clock).close()
 
 
 def test_a_transaction_is_whole_and_one_inside_it_is_undone_alone(realm: Any) -> None:
@@ -85,8 +98,7 @@ def test_once(realm: Any) -> None:
 def test_making_a_state(tmp_path: Path) -> None:
     certificate = make(tmp_path / "deep" / "state", recovery=[Identity.generate().recipient])
     assert len(certificate.output_recipients()) == 2
-    for folder in (tmp_path / "deep" / "state", tmp_path / "deep" / "state" / "keys"):
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "deep" / "state").stat().st_mode) == 0o700
     with pytest.raises(StorageError):
         make(tmp_path / "deep" / "state")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["state"]
@@ -99,7 +111,7 @@ def test_making_a_state(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         make(tmp_path / "file" / "state")
     with pytest.raises(UsageError):
-        State(tmp_path, clock=lambda: CLOCK)
+        opened(tmp_path)
 
 
 def test_a_damaged_state_is_refused_and_lets_go_of_its_lock(tmp_path: Path) -> None:
@@ -109,43 +121,102 @@ def test_a_damaged_state_is_refused_and_lets_go_of_its_lock(tmp_path: Path) -> N
         for damage in (b"", b"rubbish" * 1000):
             path.write_bytes(damage)
             with pytest.raises(IsolateError):
-                State(tmp_path / "state", clock=lambda: CLOCK).close()
+                opened(tmp_path / "state").close()
         for each, data in whole.items():
             each.write_bytes(data)
-    State(tmp_path / "state", clock=lambda: CLOCK).close()
+    opened(tmp_path / "state").close()
 
 
 @pytest.mark.threat("SVC-24")
-def test_keys_of_another_service_do_not_go_with_this_certificate(tmp_path: Path) -> None:
-    make(tmp_path / "one")
-    make(tmp_path / "two")
-    for name in ("release.key", "result.key", "log.key", "recipient.key"):
-        mine = tmp_path / "one" / "keys" / name
-        kept = mine.read_bytes()
-        mine.write_bytes((tmp_path / "two" / "keys" / name).read_bytes())
-        with pytest.raises(StorageError):
-            State(tmp_path / "one", clock=lambda: CLOCK)
-        mine.write_bytes(kept)
+def test_keys_of_another_service_are_refused(tmp_path: Path) -> None:
+    """Sealed to the same passphrase: by another owner, and by the same one for another service."""
+    owner = SigningKey.generate()
+    certificates = [make(tmp_path / name, owner=owner, name=name) for name in ("one", "two")]
+    make(tmp_path / "three")
+    mine = tmp_path / "one" / "keys.sealed"
+    mine.write_bytes((tmp_path / "three" / "keys.sealed").read_bytes())
+    with pytest.raises(IsolateError) as refused:
+        opened(tmp_path / "one")
+    assert refused.value.code == "unauthenticated_origin"
+    # Of the same owner, it is a whole other service: its own certificate goes with its keys, and whoever has
+    # pinned the first one's name or log sees it.
+    mine.write_bytes((tmp_path / "two" / "keys.sealed").read_bytes())
+    with opened(tmp_path / "one") as state:
+        assert state.certificate == certificates[1]
+    seeds = {name: Secret.generate(32) for name in ("release", "result", "log", "recipient-0")}
+    with pytest.raises(StorageError):
+        Keyring(certificates[0], seeds)
 
 
 @pytest.mark.threat("SVC-25")
-def test_keys_at_rest_are_not_sealed_and_lie_in_the_key_files_alone(realm: Any) -> None:
-    """What threat-model.md says of the state's folder: its keys lie in the clear, for its own user to read."""
+def test_nothing_secret_lies_in_the_state_in_the_clear(realm: Any) -> None:
+    """Keys, and the authority's secret, in every file of the state and in every form that we would write."""
     import base64
 
     realm.asset()
     realm.enclave()
+    realm.post("", "bundle", BundleRequest("acme/job", "simulated"), TrustBundle)
     state = realm.state
-    secrets = {
-        "release.key": state.release_key._seed,
-        "result.key": state.result_key._seed,
-        "log.key": state.log_key._seed,
-        "recipient.key": state.identity._seed,
-    }
+    secrets = {name: bytes(seed.expose()) for name, seed in state.keys.seeds.items()}
+    secrets["authority"] = bytes(next(iter(realm.service.authority._opened.values())).expose())
+    secrets["further"] = bytes(state.secret("further", lambda: Secret.generate(32)).expose())
     files = [path for path in (realm.folder / "state").rglob("*") if path.is_file()]
-    for name, secret in secrets.items():
-        raw = bytes(secret.expose())
-        forms = (raw, raw.hex().encode(), base64.urlsafe_b64encode(raw)[:40])
-        assert [path.name for path in files if any(form in path.read_bytes() for form in forms)] == [name]
-    for path in (realm.folder / "state" / "keys").iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert {"keys.sealed", "keys-recovery.sealed", "state.db"} <= {path.name for path in files}
+    for name, raw in secrets.items():
+        forms = (raw, raw[:16], raw.hex().encode(), base64.urlsafe_b64encode(raw)[:40], base64.b64encode(raw)[:40])
+        assert [path.name for path in files if any(form in path.read_bytes() for form in forms)] == [], name
+
+
+@pytest.mark.threat("SVC-25")
+def test_the_keys_open_with_the_passphrase_or_the_owners_recovery_only(realm: Any) -> None:
+    realm.state.close()
+    folder, wrong = realm.folder / "state", Passphrase("another", memory=64, passes=1)
+    for unlock in (wrong, Identity.generate()):
+        with pytest.raises(NoRecipient):
+            opened(folder, unlock=unlock)
+    with opened(folder, unlock=realm.recovery) as state:
+        kept = state.keys
+    with opened(folder) as state:
+        assert state.certificate == kept.certificate
+    assert "hidden" in repr(kept)
+    (folder / "keys.sealed").unlink()
+    with pytest.raises(StorageError):
+        opened(folder)
+
+
+def test_a_further_secret_is_made_once_and_outlives_a_restart(realm: Any) -> None:
+    first = realm.state.secret("tls", lambda: Secret(b"one" * 11))
+    realm.reopen()
+    assert realm.state.secret("tls", lambda: Secret(b"two" * 11)).equals(first)
+    with pytest.raises(NoRecipient):
+        realm.state.keys.open("another", realm.state._meta("box/tls"))
+
+
+@pytest.mark.threat("SVC-29")
+def test_a_clock_that_is_set_back_brings_nothing_back(realm: Any) -> None:
+    realm.clock.now += 1000
+    realm.rule("a/b")
+    realm.clock.now -= 500
+    assert realm.state.clock() == CLOCK + 1000
+    realm.rule("a/b")
+    assert [entry["time"] for entry in realm.public()][-2:] == [CLOCK + 1000] * 2
+    realm.state.close()
+    with pytest.raises(StorageError) as refused:
+        realm.open()
+    assert refused.value.code == "clock_behind"
+    realm.clock.now += 500 - states.MAX_BEHIND
+    realm.open()
+    assert realm.state.clock() == CLOCK + 1000
+
+
+@pytest.mark.threat("SVC-29")
+def test_a_clock_that_jumps_while_the_service_runs_is_not_followed(capsys: pytest.CaptureFixture[str]) -> None:
+    wall, passed = [1000.0], [0.0]
+    clock = SteadyClock(wall=lambda: wall[0], elapsed=lambda: passed[0])
+    for jump in (1e9, -1e9, 0.0):
+        passed[0] += 10
+        wall[0] = 1000 + passed[0] + jump
+        assert clock() == 1000 + passed[0]
+        assert round(clock.skew()) == jump
+    # Told once when it begins, and once when it is over.
+    assert [capsys.readouterr().out.count(word) for word in ("clock.jumped",)] == [1]

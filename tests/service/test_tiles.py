@@ -89,7 +89,7 @@ def test_files_over_http(realm: Any) -> None:
     note = get(realm, "checkpoint")
     assert (note.status_code, note.headers["content-type"]) == (200, "text/plain; charset=utf-8")
     assert note.headers["cache-control"] == "no-cache"
-    assert note.text.splitlines()[:2] == ["isolate/svc", "600"]
+    assert note.text.splitlines()[:2] == ["isolate/svc/1", "600"]
     full, part = get(realm, "tile/0/000"), get(realm, "tile/0/002.p/88")
     assert (len(full.content), len(part.content)) == (256 * 32, 88 * 32)
     assert "immutable" in full.headers["cache-control"]
@@ -269,14 +269,14 @@ def test_the_command_remembers_and_keeps_what_convicts(realm: Any, run: Any, tmp
     assert "2 entries; the 1 remembered ones stand" in then.output
     assert "1 rule" in then.output
     kept = seen.read_text()
-    forked = sign_checkpoint(realm.state.log_key, "isolate/svc", 2, bytes(32))
+    forked = sign_checkpoint(realm.state.log_key, "isolate/svc/1", 2, bytes(32))
     refused = run("--remember", str(seen), checkpoint=forked.encode())
     assert isinstance(refused.exception, LogRefused)
     assert refused.exception.code == "log_forked"
     assert seen.read_text() == kept
     assert (tmp_path / "seen.refused").read_text() == forked
     # A memory that somebody else wrote is none.
-    seen.write_text(sign_checkpoint(SigningKey.generate(), "isolate/svc", 1, bytes(32)))
+    seen.write_text(sign_checkpoint(SigningKey.generate(), "isolate/svc/1", 1, bytes(32)))
     assert isinstance(run("--remember", str(seen)).exception, LogRefused)
 
 
@@ -326,11 +326,12 @@ def test_a_checkpoint_that_is_missing_or_anothers_is_no_checkpoint(realm: Any, t
     size, root = (
         1,
         Checkpoint.verify(
-            realm.service.log.checkpoint(), "isolate/svc", realm.state.log_key.verifying_key.ed25519
+            realm.service.log.checkpoint(), "isolate/svc/1", realm.state.log_key.verifying_key.ed25519
         ).root,
     )
     for wrong in (
-        b"", b"\xff\xfe", b"x" * 70_000, sign_checkpoint(SigningKey.generate(), "isolate/svc", size, root).encode(),
+        b"", b"\xff\xfe", b"x" * 70_000,
+        sign_checkpoint(SigningKey.generate(), "isolate/svc/1", size, root).encode(),
         sign_checkpoint(realm.state.log_key, "isolate/other", size, root).encode(),
     ):  # fmt: skip
         path.write_bytes(wrong)

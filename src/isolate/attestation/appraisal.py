@@ -99,7 +99,9 @@ class Appraisal:
     def require(self) -> None:
         """Raise AppraisalRefused with the first failed check; its code is ``appraisal_`` and the check's name."""
         for one in self.refusals:
-            raise AppraisalRefused(str(one), code=f"appraisal_{one.name.replace('-', '_')}")
+            refusal = AppraisalRefused(str(one), code=f"appraisal_{one.name.replace('-', '_')}")
+            refusal.checks = self.checks
+            raise refusal
 
 
 Finding = tuple[bool, str, str]  # passed, expected, found

@@ -63,20 +63,27 @@ def _check_asset(asset: object) -> str:
     return asset
 
 
+def _check_epoch(epoch: object) -> int:
+    if type(epoch) is not int or not 1 <= epoch < 2**63:
+        raise _malformed("an epoch is a number from 1")
+    return epoch
+
+
 @frozen
 class Block:
-    """What one block says; ``owner`` and ``asset`` are in the first only. Keys are Ed25519, 32 bytes."""
+    """What one block says; ``owner``, ``asset`` and ``epoch`` are in the first only. Keys are Ed25519, 32 bytes."""
 
     scope: Scope
     holder: bytes
     nonce: bytes
     owner: bytes | None = None
     asset: str | None = None
+    epoch: int | None = None
 
     def encode(self) -> bytes:
         value: dict[str, Any] = {"holder": self.holder, "nonce": self.nonce, "scope": self.scope.to_value()}
         if self.owner is not None:
-            value |= {"asset": self.asset, "owner": self.owner}
+            value |= {"asset": self.asset, "epoch": self.epoch, "owner": self.owner}
         return cbor.encode(value)
 
     @classmethod
@@ -84,7 +91,7 @@ class Block:
         """Raises CapabilityRefused."""
         expected: dict[str, type] = {"holder": bytes, "nonce": bytes, "scope": dict}
         if first:
-            expected |= {"asset": str, "owner": bytes}
+            expected |= {"asset": str, "epoch": int, "owner": bytes}
         try:
             value: dict[str, Any] = cbor.record(data, expected, max_size=MAX_TOKEN)
         except MalformedError as error:
@@ -101,7 +108,10 @@ class Block:
             return cls(scope, value["holder"], value["nonce"])
         if scope.operations is None:
             raise _malformed("a grant names its operations: there is nothing that it could inherit them from")
-        return cls(scope, value["holder"], value["nonce"], value["owner"], _check_asset(value["asset"]))
+        return cls(
+            scope, value["holder"], value["nonce"], value["owner"], _check_asset(value["asset"]),
+            _check_epoch(value["epoch"]),
+        )  # fmt: skip
 
 
 def _handles(blocks: tuple[bytes, ...]) -> tuple[bytes, ...]:
@@ -229,9 +239,17 @@ def _check_holder(holder: bytes) -> bytes:
     return holder
 
 
-def grant(owner: Signer, *, asset: str, scope: Scope, holder: bytes, nonce: bytes | None = None) -> Token:
-    """The owner's grant: a chain of one block. ``scope`` must name its operations. Raises CapabilityRefused."""
-    claim = Block(scope, _check_holder(holder), _nonce(nonce), owner.verifying_key.ed25519, _check_asset(asset))
+def grant(
+    owner: Signer, *, asset: str, scope: Scope, holder: bytes, epoch: int = 1, nonce: bytes | None = None
+) -> Token:
+    """The owner's grant: a chain of one block. ``scope`` must name its operations. Raises CapabilityRefused.
+
+    ``epoch`` is that of the service which keeps the budgets: when it is recovered, grants of before have ended.
+    """
+    claim = Block(
+        scope, _check_holder(holder), _nonce(nonce), owner.verifying_key.ed25519, _check_asset(asset),
+        _check_epoch(epoch),
+    )  # fmt: skip
     block = claim.encode()
     return Token((block,), (owner.sign(Purpose.GRANT, _handles((block,))[0]),))
 
@@ -250,6 +268,7 @@ class VerifiedToken:
     """A chain whose every signature and limit was verified: made only by ``verify``.
 
     asset    the asset that the owner granted
+    epoch    the service's epoch that it was granted in
     owner    the owner's public key, 32 bytes
     scope    the effective scope: the meet of all blocks, with the depth that is left
     handles  the id of every prefix, from the grant to this handle, 32 bytes each: the accounts to charge, and
@@ -259,6 +278,7 @@ class VerifiedToken:
     """
 
     asset: str
+    epoch: int
     owner: bytes
     scope: Scope
     handles: tuple[bytes, ...]
@@ -324,10 +344,13 @@ def _chain(token: Token, owner: bytes) -> VerifiedToken:
         raise CapabilityRefused("the token was passed on further than allowed", code="depth_exceeded")
     limits = _limits(token.claims)  # 5
     holders = tuple(claim.holder for claim in token.claims)
-    return VerifiedToken(token.asset, owner, limits[-1], token.handles, limits, holders, _MADE_HERE)
+    epoch = _check_epoch(token.claims[0].epoch)
+    return VerifiedToken(token.asset, epoch, owner, limits[-1], token.handles, limits, holders, _MADE_HERE)
 
 
-def verify(token: Token | bytes, owner: bytes, *, now: int, cache: ChainCache | None = None) -> VerifiedToken:
+def verify(
+    token: Token | bytes, owner: bytes, *, now: int, epoch: int | None = None, cache: ChainCache | None = None
+) -> VerifiedToken:
     """Verify a token against the owner's Ed25519 key (32 bytes), at ``now`` (unix seconds) of a trusted clock.
 
     1. It is well formed: 1 to 8 blocks, at most 4 KiB, one encoding, nothing unknown, only usable keys.
@@ -336,6 +359,7 @@ def verify(token: Token | bytes, owner: bytes, *, now: int, cache: ChainCache | 
     4. No more blocks follow than any block allows.
     5. The effective scope is the meet of all blocks.
     6. ``now`` is within its validity.
+    7. It was granted in this ``epoch`` of the service. None leaves that to the service, who decides it anyway.
 
     Raises CapabilityRefused. ``cache`` remembers 1 to 5 for these very bytes; give it the encoded token, and
     even parsing is saved.
@@ -350,4 +374,8 @@ def verify(token: Token | bytes, owner: bytes, *, now: int, cache: ChainCache | 
         if cache is not None:
             cache.put(key, chain)
     chain.scope.check_time(now)  # 6
+    if epoch is not None and chain.epoch != epoch:  # 7
+        raise CapabilityRefused(
+            "the service was recovered since this was granted", code="epoch_ended", hint="ask for a new grant"
+        )
     return chain

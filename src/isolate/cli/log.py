@@ -58,7 +58,7 @@ def verify(
     found = certificate(service, VerifyingKey.parse(owner), lineage)
     auditor = Auditor(
         lambda path, most: fetch(service, f"/log/{path}", most=most),
-        origin=f"isolate/{found.name}",
+        origin=found.origin,
         public=found.log_key.ed25519,
         remembered=None if remember is None else read_checkpoint(remember),
         witnesses=known,

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from isolate import sealed
+from isolate.cli.unlock import read_passphrase
 from isolate.crypto.aead import Suite
 from isolate.crypto.kem import Identity, Recipient
 from isolate.crypto.signing import SigningKey
@@ -51,23 +52,10 @@ def _text_or_file(value: str, prefix: str) -> str:
     return found[-1]
 
 
-def _passphrase(path: str) -> Passphrase:
-    """The first line of a file, or what is typed where the path is -."""
-    if path == "-":
-        return Passphrase(click.prompt("Passphrase", hide_input=True, err=True))
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise StorageError(f"cannot read the passphrase from {path}") from None
-    if not lines or not lines[0]:
-        raise UsageError(f"{path} holds no passphrase")
-    return Passphrase(lines[0])
-
-
 def _identities(files: Sequence[str], passphrase: str | None) -> list[Identity | Passphrase]:
     found: list[Identity | Passphrase] = [Identity.load(file) for file in files]
     if passphrase is not None:
-        found.append(_passphrase(passphrase))
+        found.append(read_passphrase(passphrase))
     if not found:
         raise UsageError("give an identity (-i) or a passphrase (--passphrase-file)")
     return found
@@ -78,7 +66,7 @@ def _recipients(texts: Sequence[str], passphrase: str | None) -> list[Recipient 
         Recipient.parse(_text_or_file(text, "isolate-recipient-")) for text in texts
     ]
     if passphrase is not None:
-        found.append(_passphrase(passphrase))
+        found.append(read_passphrase(passphrase))
     return found
 
 

@@ -6,12 +6,12 @@ import contextlib
 import logging
 import signal
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-from isolate.errors import MissingExtra
+from isolate.errors import MissingExtra, UsageError
 
 
 def command(name: str) -> click.Command:
@@ -23,9 +23,19 @@ def command(name: str) -> click.Command:
 @click.option(
     "--listen", "address", default="tcp:127.0.0.1:8440", show_default=True, help="unix:/path or tcp:host:port."
 )
+@click.option("--init", metavar="OWNER.key", help="First make the state, certified by this signing key.")
+@click.option("--rotate", metavar="OWNER.key", help="First make new keys, certified for 90 more days.")
 @click.option(
-    "--init", "owner_key", metavar="OWNER.key", help="First make the state, certified by this signing key."
+    "--recover",
+    metavar="OWNER.key",
+    help="First begin another epoch, on a state that is an old copy.",
 )
+@click.option(
+    "--passphrase-file", metavar="F", help="Opens the service's keys. With --init it is made when it is not there."
+)
+@click.option("--key-service", metavar="URI", help="Opens the service's keys: kms:ARN or pkcs11:... instead.")
+@click.option("--recovery-identity", metavar="ID.key", help="With --rotate or --recover: opens the keys this once.")
+@click.option("--new-passphrase-file", metavar="F", help="With --rotate or --recover: opens the keys from now on.")
 @click.option(
     "--name", "service_name", default="isolate", show_default=True, help="With --init: the service's name."
 )
@@ -35,7 +45,13 @@ def command(name: str) -> click.Command:
 def serve_command(
     state: str,
     address: str,
-    owner_key: str | None,
+    init: str | None,
+    rotate: str | None,
+    recover: str | None,
+    passphrase_file: str | None,
+    key_service: str | None,
+    recovery_identity: str | None,
+    new_passphrase_file: str | None,
     service_name: str,
     lineage: str,
     checkpoint: str | None,
@@ -43,17 +59,22 @@ def serve_command(
 ) -> None:
     """Appraise evidence, release keys, keep budgets and the log, under the owner's policy.
 
-    With --checkpoint, a state that lacks entries which that file shows is an old copy, and is not served.
+    With --checkpoint, a state that lacks entries which that file shows is an old copy, and is not served. Its owner
+    goes on with --recover: then nothing that was signed before holds, and policy, rules and files are given again.
 
     Logs are lines of JSON on standard error. They carry codes and request ids, never data.
     """
     import structlog
 
-    from isolate.crypto.kem import Recipient
+    from isolate.cli.unlock import make_passphrase, unlock
+    from isolate.crypto.kem import Identity, Recipient
     from isolate.crypto.signing import SigningKey
+    from isolate.service import recovery as renewal
+    from isolate.service.clock import SteadyClock
     from isolate.service.head import Head
     from isolate.service.routes import Service
     from isolate.service.state import State, create
+    from isolate.transparency.keeping import read_checkpoint
 
     try:
         from isolate.service import app
@@ -71,23 +92,43 @@ def serve_command(
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
 
-    def clock() -> int:
-        return int(time.time())
-
-    if owner_key:
+    if sum(one is not None for one in (init, rotate, recover)) > 1:
+        raise UsageError("give one of --init, --rotate and --recover")
+    if (recovery_identity or new_passphrase_file) and not (rotate or recover):
+        raise UsageError("--recovery-identity and --new-passphrase-file go with --rotate or --recover")
+    clock = SteadyClock()
+    opener: Any = (
+        Identity.load(recovery_identity)
+        if recovery_identity
+        else unlock(passphrase_file, key_service, make=init is not None)
+    )
+    if init:
         certificate = create(
             Path(state),
-            owner=SigningKey.load(owner_key),
+            owner=SigningKey.load(init),
             name=service_name,
             lineage=lineage,
             recovery=[Recipient.parse(text) for text in recovery],
+            unlock=opener,
             now=clock(),
         )
         click.echo(f"recipient: {certificate.sealing_recipient()}")
+    elif rotate or recover:
+        new = make_passphrase(new_passphrase_file) if new_passphrase_file else None
+        options: dict[str, Any] = {"unlock": opener, "new": new, "clock": clock}
+        if rotate:
+            renewal.rotate(state, owner=SigningKey.load(rotate), **options)
+        elif recover:
+            kept = read_checkpoint(checkpoint) if checkpoint else None
+            certificate = renewal.recover(state, owner=SigningKey.load(recover), kept=kept, **options)
+            if checkpoint and kept is not None:
+                # What the log showed before is evidence; the file itself is for the log of this epoch.
+                Path(checkpoint).rename(f"{checkpoint}.before-{certificate.epoch}")
+        opener = new or opener
     # The server answers what it has begun and then raises the signal again: an exception, so that all is closed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with State(state, clock=clock) as opened, contextlib.ExitStack() as undo:
+    with State(state, unlock=opener, clock=clock) as opened, contextlib.ExitStack() as undo:
         service = Service(opened)
         if checkpoint:
-            undo.enter_context(Head(opened, service.log, Path(checkpoint), first=bool(owner_key)))
+            undo.enter_context(Head(opened, service.log, Path(checkpoint), first=bool(init or recover)))
         app.serve(service, address, ready=lambda: click.echo(f"serving on {address}"))

@@ -101,21 +101,29 @@ class Owner:
         not_before: int | None = None,
         expires: int | None = None,
         depth: int | None = None,
+        epoch: int | None = None,
         INSECURE_accept_simulated: bool = False,
     ) -> HandleFile:
-        """A handle for ``holder`` (Ed25519, 32 bytes) on an asset that the enclaves of ``job`` serve. Made offline.
+        """A handle for ``holder`` (Ed25519, 32 bytes) on an asset that the enclaves of ``job`` serve.
 
         ``operations`` maps names to digests; ``enclave`` is the address where they are invoked. The limits are
         those of a Scope (docs/spec/capability.md, 2): uses and bytes in all, uses in a window of so many seconds,
         Range or Choices of arguments, kinds and sizes of results, people behind an aggregate, Unix seconds, and
-        how often it may be passed on. A limit that is None is none. Raises UsageError.
+        how often it may be passed on. A limit that is None is none. ``epoch`` is the service's, who
+        is asked for it when it is not given: the rest is made offline. Raises UsageError.
         """
         scope = Scope(
             operations=operations, parameters=parameters, outputs=outputs, uses=uses, bytes_out=bytes_out,
             rates=rates, minimum_group=minimum_group, not_before=not_before, expires=expires, depth=depth,
         )  # fmt: skip
         return HandleFile(
-            token=grant(self._key, asset=asset, scope=scope, holder=holder).to_text(),
+            token=grant(
+                self._key,
+                asset=asset,
+                scope=scope,
+                holder=holder,
+                epoch=self.certificate.epoch if epoch is None else epoch,
+            ).to_text(),
             owner=str(self._key.verifying_key),
             lineage=self._lineage,
             service=self._service,

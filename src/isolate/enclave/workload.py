@@ -199,7 +199,7 @@ class Workload:
             self._signing,
             body.encode(),
             secrets.token_bytes(32),
-            standing.certificate.name,
+            standing.certificate.audience,
             standing.token,
         )
         return ask(self._service, route, request, answer, standing.certificate.release_key), standing

@@ -8,6 +8,7 @@ Spec: docs/spec/service.md, sections 2 to 4.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Self
 
 from attrs import evolve, field, frozen
@@ -29,12 +30,14 @@ class ServiceCertificate(Message):
 
     ``release``, ``result`` and ``log`` are verifying keys (64 bytes each); ``recipient`` is the X-Wing key
     (1216 bytes) that assets are sealed to, and ``recovery`` are the owner's offline ones: an enclave seals what it
-    makes to these and to nobody else. Times are Unix seconds.
+    makes to these and to nobody else. Times are Unix seconds. ``epoch`` counts from 1: a recovery begins another,
+    in which nothing holds that was signed for the one before.
     """
 
     TYPE = "service-certificate"
     name: str
     lineage: str
+    epoch: int
     release: Bytes64
     result: Bytes64
     log: Bytes64
@@ -46,7 +49,7 @@ class ServiceCertificate(Message):
 
     def _signed(self) -> bytes:
         keys = [self.release, self.result, self.log, self.recipient, self.recovery]
-        return cbor.encode([self.name, self.lineage, keys, self.not_before, self.not_after])
+        return cbor.encode([self.name, self.lineage, self.epoch, keys, self.not_before, self.not_after])
 
     def sign(self, owner: SigningKey) -> ServiceCertificate:
         return evolve(self, signature=owner.sign(Purpose.SERVICE_CERTIFICATE, self._signed()))
@@ -64,6 +67,21 @@ class ServiceCertificate(Message):
 
     def valid_at(self, time: int) -> bool:
         return self.not_before <= time < self.not_after
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the encoding, 32 bytes."""
+        return hashlib.sha256(self.encode()).digest()
+
+    @property
+    def audience(self) -> str:
+        """What a signed request names: this service, in this epoch."""
+        return f"{self.name}/{self.epoch}"
+
+    @property
+    def origin(self) -> str:
+        """The name of its log, on the first line of each checkpoint."""
+        return f"isolate/{self.audience}"
 
     @property
     def release_key(self) -> VerifyingKey:
@@ -208,6 +226,24 @@ class ReleaseContext(Message):
     instance: bytes
     policy: bytes
     log_index: int
+    time: int
+
+
+@frozen
+class StandingRequest(Message):
+    """Body of a Signed request by an enclave: is the instance at the other end of its channel still admitted?"""
+
+    TYPE = "standing-request"
+    instance: Bytes32
+
+
+@frozen
+class PeerStanding(Message):
+    """``code`` is empty while the instance stands; else why it does not."""
+
+    TYPE = "peer-standing"
+    instance: bytes
+    code: str
     time: int
 
 

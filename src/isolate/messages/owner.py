@@ -8,7 +8,7 @@ Spec: docs/spec/service.md, sections 5 and 7.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from attrs import frozen
 
@@ -84,6 +84,49 @@ class AssetRequest(Message):
 
     TYPE = "asset-request"
     asset: str
+
+
+@frozen
+class Rollback(Message):
+    """The owner puts an earlier file of an asset back into force; the answer is Registered.
+
+    ``digest`` is the file's, 32 bytes. ``header`` and ``directory`` are empty, or the public parts of a file that
+    the service does not know: after a recovery from an old copy, say.
+    """
+
+    TYPE = "rollback"
+    asset: str
+    digest: Bytes32
+    header: bytes
+    directory: bytes
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        _check_asset(self.asset)
+
+
+@frozen
+class ExplainRequest(Message):
+    """The owner asks why a request was refused, by the id that its refusal carried."""
+
+    TYPE = "explain-request"
+    request_id: str
+
+
+@frozen
+class Explanation(Message):
+    """Why: the numbered checks of that route, in their order. Never a secret, never data.
+
+    Each check is {number: int, name: text, passed: bool or null where it was not reached, expected, found: text}.
+    """
+
+    TYPE = "explanation"
+    request_id: str
+    time: int
+    route: str
+    code: str
+    message: str
+    checks: list[dict[str, Any]]
 
 
 Size = Annotated[int, Limit(0, 2**64 - 1)]  # of a tree, or a place in it

@@ -93,6 +93,11 @@ class Passphrase:
         if not bounded or self.memory * self.passes > MAX_WORK:
             raise UsageError("this work factor is outside what a reader accepts")
 
+    @property
+    def text(self) -> Secret:
+        """What was typed, as UTF-8."""
+        return self._text
+
     def stretch(self, salt: bytes, passes: int, memory: int) -> Secret:
         """Argon2id to 32 bytes: about half a second with the default work factor."""
         text = bytes(self._text.expose())

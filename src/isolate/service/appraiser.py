@@ -50,7 +50,7 @@ class Appraiser:
         """The policy in force. Raises AppraisalRefused when the owner has given none."""
         with self._state.transaction() as database:
             row = database.execute("SELECT signed FROM policy ORDER BY sequence DESC LIMIT 1").fetchone()
-        if row is None:
+        if row is None or not row[0]:  # a recovery leaves the sequence, and takes the policy out of force
             raise AppraisalRefused("the owner has set no policy", code="no_policy")
         return SignedPolicy.open(bytes(row[0]), signed_by=self._state.owner).policy
 
@@ -61,7 +61,7 @@ class Appraiser:
         with self._state.transaction() as database:
             (last,) = database.execute("SELECT max(sequence) FROM policy").fetchone()
             if last is not None and policy.sequence <= last:
-                raise RefusedError(f"a policy of sequence {last} is in force", code="policy_rollback")
+                raise RefusedError(f"a policy of sequence {last} was in force already", code="policy_rollback")
             database.execute("INSERT INTO policy VALUES (?, ?)", (policy.sequence, update.policy))
             return Done(self._log.append(database, "policy", {"policy": policy.id, "sequence": policy.sequence}))
 
@@ -123,13 +123,22 @@ class Appraiser:
             now=now,
             INSECURE_accept_simulated=policy.INSECURE_accept_simulated,
         )
+        measured = dict(appraisal.claims.measurements) if appraisal.claims else {}
         with self._state.transaction() as database:
             if self.policy().id != policy.id:
                 raise AppraisalRefused("another policy came into force meanwhile", code="policy_changed")
             self._take_slot(database, slot, accepted.instance)
             database.execute(
-                "INSERT OR REPLACE INTO instance VALUES (?, ?, ?, ?, ?)",
-                (accepted.instance, request.envelope, cbor.encode(request.keys), accepted.measurement, now),
+                "INSERT OR REPLACE INTO instance VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    accepted.instance,
+                    request.envelope,
+                    cbor.encode(request.keys),
+                    accepted.measurement,
+                    accepted.kind,
+                    cbor.encode(measured),
+                    now,
+                ),
             )
             details = {"instance": accepted.instance, "measurement": accepted.measurement, "policy": policy.id}
             self._log.append(database, "attestation", {**details, "slot": slot.to_value()})

@@ -165,7 +165,7 @@ class Authority:
         kept = [one for one in kept if one[0] - CLOCK_STEP <= now and now + LONGEST <= one[0] + ROOT_LIFETIME]
         if not kept or kept[-1][0] + RENEW_AFTER <= now:
             with Secret.generate(32) as fresh:
-                box = self._state.identity.recipient.seal(fresh.expose(), info=self._info(tier, now))
+                box = self._state.keys.box(f"authority/{tier}/{now}", fresh)
             kept.append([now, box])
             database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, cbor.encode(kept)))
             self._log.append(database, "authority", {"tier": tier, "begin": now})
@@ -173,8 +173,5 @@ class Authority:
 
     def _open(self, tier: str, begin: int, box: bytes) -> Secret:
         if box not in self._opened:
-            self._opened[box] = self._state.identity.open(box, info=self._info(tier, begin))
+            self._opened[box] = self._state.keys.open(f"authority/{tier}/{begin}", box)
         return self._opened[box]
-
-    def _info(self, tier: str, begin: int) -> bytes:
-        return cbor.encode(["isolate/v1/authority/secret", self._state.name, tier, begin])

@@ -31,8 +31,8 @@ log = structlog.get_logger("isolate.service")
 
 
 class Head:
-    """Checks once, then keeps the file while it is open. ``first``: the state was made just now, and the file may
-    not be there yet.
+    """Checks once, then keeps the file while it is open. ``first``: the log began just now, or another epoch of it,
+    and the file may not be there yet.
 
     Raises LogRefused (log_shrunk, log_forked, log_refused, checkpoint_missing) or StorageError: then nothing is
     to be served.

@@ -48,7 +48,7 @@ class Log:
     @property
     def origin(self) -> str:
         """The name on the checkpoint's first line."""
-        return f"isolate/{self._state.name}"
+        return self._state.certificate.origin
 
     def append(self, database: sqlite3.Connection, kind: str, details: dict[str, Any]) -> int:
         """Append within the caller's transaction; answers the index."""

@@ -18,12 +18,14 @@ from attrs import frozen
 
 from isolate.crypto.signing import Purpose
 from isolate.errors import IsolateError, MalformedError, RefusedError, UnavailableError, UsageError
-from isolate.messages import attest, certificate, invoke, limits, owner
+from isolate.messages import approve, attest, certificate, invoke, limits, owner
 from isolate.messages.base import Answer, Message, Refusal, Signed
 from isolate.service.appraiser import Appraiser
+from isolate.service.approvals import Approvals
 from isolate.service.authority import Authority
 from isolate.service.broker import Broker
 from isolate.service.budgets import Budgets
+from isolate.service.explain import Explanations
 from isolate.service.log import Log
 from isolate.service.state import State
 from isolate.service.tiles import Tiles
@@ -42,15 +44,21 @@ class Service:
         self.appraiser = Appraiser(state, self.log)
         self.broker = Broker(state, self.log, self.appraiser)
         self.budgets = Budgets(state, self.log, self.broker)
+        self.approvals = Approvals(state, self.log)
         self.tiles = Tiles(state, self.log)
         self.authority = Authority(state, self.log, self.appraiser, self.broker)
+        self.explanations = Explanations(state.folder)
+
+    def close(self) -> None:
+        """What is open beside the state."""
+        self.explanations.close()
 
     def _register(self, request: attest.RegisterRequest) -> Message:
         return self.broker.register(request, signer=self.state.owner.to_bytes(), measurement=None)
 
     def _budget(self, request: Signed) -> Message:
         # It changes nothing, so its nonce is not kept: any key can sign such a request.
-        holder = request.verify(Purpose.HOLDER_REQUEST, self.state.name)
+        holder = request.verify(Purpose.HOLDER_REQUEST, self.state.audience)
         return self.budgets.budget(invoke.BudgetRequest.parse(request.body).token, holder.ed25519)
 
     def _by_owner(self, route: Route, request: Signed) -> Message:
@@ -58,7 +66,7 @@ class Service:
         body = route.request.parse(request.body)
 
         def check(_: object) -> None:
-            if request.verify(Purpose.OWNER_REQUEST, self.state.name) != self.state.owner:
+            if request.verify(Purpose.OWNER_REQUEST, self.state.audience) != self.state.owner:
                 raise RefusedError("only the owner asks for this", code="not_owner")
 
         return self.state.once(request.nonce, check, lambda _, __: route.act(self, body))
@@ -81,6 +89,7 @@ class Service:
             answer = self._answer(route, body)
         except IsolateError as error:
             log.info("request.refused", route=shown, code=error.code, request_id=request_id)
+            self.explanations.keep(request_id, self.state.clock(), shown, error)
             said = (error.message[:MAX_LINE], error.hint[:MAX_LINE])
             return _status(error), Refusal(error.code, *said, request_id, error.default_code)
         except Exception as error:  # noqa: BLE001 (the boundary: a type's name is all that is kept)
@@ -135,6 +144,9 @@ ROUTES: dict[str, Route] = {
     ),
     "settle": Route(invoke.SettleRequest, invoke.Receipt, "enclave", lambda s, signed: s.budgets.settle(signed)),
     "charge": Route(invoke.ChargeRequest, invoke.Receipt, "enclave", lambda s, signed: s.budgets.charge(signed)),
+    "standing": Route(
+        attest.StandingRequest, attest.PeerStanding, "enclave", lambda s, signed: s.broker.standing(signed)
+    ),
     "certify": Route(
         certificate.IssueRequest, certificate.Issued, "enclave", lambda s, signed: s.authority.certify(signed)
     ),
@@ -145,8 +157,16 @@ ROUTES: dict[str, Route] = {
         attest.RegisterRequest, attest.Registered, "owner", lambda s, asked: s._register(asked)
     ),
     "owner/asset": Route(owner.AssetRequest, attest.Registered, "owner", lambda s, asked: s.broker.newest(asked)),
+    "owner/rollback": Route(owner.Rollback, attest.Registered, "owner", lambda s, asked: s.broker.rollback(asked)),
+    "owner/explain": Route(
+        owner.ExplainRequest, owner.Explanation, "owner", lambda s, asked: s.explanations.find(asked.request_id)
+    ),
     "owner/revoke": Route(owner.Revoke, owner.Done, "owner", lambda s, asked: s.budgets.revoke(asked)),
     "owner/limits": Route(limits.AssetLimits, owner.Done, "owner", lambda s, asked: s.budgets.set_limits(asked)),
+    "owner/approvers": Route(
+        approve.SetApprovers, approve.GroupSet, "owner", lambda s, asked: s.approvals.set_approvers(asked)
+    ),
+    "export": Route(approve.ExportRequest, approve.Export, "anyone", lambda s, asked: s.approvals.export(asked)),
     "owner/evidence": Route(
         owner.EvidenceRequest, owner.Evidence, "owner", lambda s, asked: s.appraiser.evidence(asked)
     ),

@@ -45,6 +45,7 @@ from isolate.messages.attest import (
 )
 from isolate.messages.base import Signed
 from isolate.messages.http import ask, post
+from isolate.sealed.recipients import Passphrase
 from isolate.service.log import Log, public_entry
 from isolate.service.state import State, create
 
@@ -86,7 +87,7 @@ class Load:
         body = ReleaseRequest(digest, [], secrets.token_bytes(32)).encode()
         certificate = self._owner.certificate
         request = Signed.make(
-            Purpose.ENCLAVE_REQUEST, self._signing, body, secrets.token_bytes(32), certificate.name, self._token
+            Purpose.ENCLAVE_REQUEST, self._signing, body, secrets.token_bytes(32), certificate.audience, self._token
         )
         ask(self._address, "release", request, Release, certificate.release_key)
 
@@ -97,7 +98,16 @@ def _served(folder: Path) -> Iterator[tuple[Owner, str, SimulatedRoot, bytes]]:
     key, root, address = SigningKey.generate(), SimulatedRoot.generate(), f"unix:{folder}/service"
     key.save(folder / "owner.key")
     command = [sys.executable, "-m", "isolate", "serve", "--state", f"{folder}/state", "--listen", address]
-    command += ["--init", f"{folder}/owner.key", "--name", "bench", "--lineage", "bench"]
+    command += [
+        "--init",
+        f"{folder}/owner.key",
+        "--passphrase-file",
+        f"{folder}/passphrase",
+        "--name",
+        "bench",
+        "--lineage",
+        "bench",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             for line in process.stdout or ():
@@ -137,6 +147,9 @@ def _releases(loads: list[Load], digest: bytes, count: int) -> float:
     return len(loads) * count / (time.perf_counter() - begin)
 
 
+_UNLOCK = Passphrase("for a log of nothing", memory=64, passes=1)
+
+
 class _Rows:
     """A tree store that remembers what it is given as rows; the tree itself lies in a MemoryStore."""
 
@@ -156,7 +169,7 @@ class _Unsynced(State):
     """A state that syncs nothing, so that the disk does not hide what the log costs."""
 
     def __init__(self, folder: Path, *, clock: Callable[[], int]) -> None:
-        super().__init__(folder, clock=clock)
+        super().__init__(folder, unlock=_UNLOCK, clock=clock)
         self._database.execute("PRAGMA synchronous=OFF")
 
 
@@ -187,7 +200,15 @@ def _growth(folder: Path, rounds: int, quick: bool) -> Figures:
     with ExitStack() as undo:
         measures = {}
         for name, size in (("small", SMALL), ("large", QUICK if quick else LARGE)):
-            create(folder / name, owner=SigningKey.generate(), name=name, lineage="bench", recovery=[], now=0)
+            create(
+                folder / name,
+                owner=SigningKey.generate(),
+                name=name,
+                lineage="bench",
+                recovery=[],
+                unlock=_UNLOCK,
+                now=0,
+            )
             state = undo.enter_context(_Unsynced(folder / name, clock=lambda: 1_800_000_000))
             load_log(state, size)
             log = Log(state)

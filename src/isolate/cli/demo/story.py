@@ -142,7 +142,7 @@ class Story:
     def checkpoint(self) -> Checkpoint:
         certificate = self.owner.certificate
         answer = self.owner.log()
-        return Checkpoint.verify(answer.checkpoint, f"isolate/{certificate.name}", certificate.log_key.ed25519)
+        return Checkpoint.verify(answer.checkpoint, certificate.origin, certificate.log_key.ed25519)
 
     # 2
     def seal(self) -> None:
@@ -361,7 +361,7 @@ class Story:
     def audit(self) -> None:
         """The log of releases and uses is verified from outside."""
         certificate = self.owner.certificate
-        origin, key = f"isolate/{certificate.name}", certificate.log_key.ed25519
+        origin, key = certificate.origin, certificate.log_key.ed25519
         newest = self.owner.newest("digits/model")
         answer = self.owner.log(old_size=self.early.size, index=newest.log_index)
         late = Checkpoint.verify(answer.checkpoint, origin, key)

@@ -112,7 +112,16 @@ class World:
         command = isolate_command(
             "serve", "--state", str(self.owner / "service"), "--listen", self.behind("service")
         )
-        command += ["--init", str(self.owner / "owner.key"), "--name", "demo", "--lineage", lineage]
+        command += [
+            "--init",
+            str(self.owner / "owner.key"),
+            "--passphrase-file",
+            str(self.owner / "passphrase"),
+            "--name",
+            "demo",
+            "--lineage",
+            lineage,
+        ]
         self._start([*command, "--recovery", str(self.recovery.recipient)], "service", "serving on", self.owner)
 
     def application(self, name: str, lineage: str, parameters: str = "") -> Path:
