@@ -14,6 +14,7 @@ import pytest
 import isolate
 
 PUBLIC = [
+    "AgentSigner",
     "Epoch",
     "FileSigner",
     "Handle",
@@ -23,6 +24,7 @@ PUBLIC = [
     "SigningKey",
     "VerifyingKey",
     "Workload",
+    "aio",
     "attach",
     "channel",
     "errors",

