@@ -38,6 +38,7 @@ KEEPERS = {
     "matplotlib": {"cli"},
     "starlette": {"service"},
     "uvicorn": {"service", "cli"},
+    "prometheus_client": {"service"},
     "httpx": {"client", "launch", "enclave"},
     "nacl": {"crypto"},
     "nacl.pwhash": {"crypto", "sealed"},  # Argon2id, of the passphrase recipient

@@ -16,9 +16,9 @@ from isolate.errors import RefusedError
 from isolate.messages import http
 from isolate.messages.attest import CertificateRequest, Registered, ReleaseRequest, ServiceCertificate
 from isolate.messages.base import MAX_MESSAGE, Answer, Refusal, Signed
-from isolate.messages.invoke import Receipt
+from isolate.messages.invoke import Receipt, Reservation, SettleRequest
 from isolate.messages.owner import AssetRequest, AssetRule, Done, LogAnswer, LogRequest, Revoke
-from isolate.service.app import application
+from isolate.service.app import Application
 from isolate.service.routes import ROUTES
 from isolate.transparency import Checkpoint, ConsistencyProof, InclusionProof
 
@@ -100,7 +100,8 @@ def bodies(realm: Any) -> list[tuple[str, bytes]]:
     realm.rule("a/b", readers=("writer",), writers=("writer",))
     holder = SigningKey.generate()
     token = realm.grant(holder)
-    realm.ask("charge", realm.signed_by(enclave, realm.use(token, holder)), Receipt)
+    reserved = realm.ask("reserve", realm.signed_by(enclave, realm.use(token, holder)), Reservation)
+    realm.ask("settle", realm.signed_by(enclave, SettleRequest(reserved.invocation, 256, "")), Receipt)
     return [
         *dict(realm.carried).items(),
         ("log", LogRequest(0, 0).encode()),
@@ -241,7 +242,7 @@ def call(service: Any, path: str, parts: list[bytes], method: str = "POST") -> t
         "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http", "headers": [],
         "server": ("isolate", 80), "client": None,
     }  # fmt: skip
-    asyncio.run(application(service)(scope, receive, send))  # type: ignore[arg-type]
+    asyncio.run(Application(service)(scope, receive, send))  # type: ignore[arg-type]
     return sent[0]["status"], b"".join(one.get("body", b"") for one in sent[1:])
 
 
@@ -279,7 +280,7 @@ def test_a_body_that_never_ends_is_given_up(realm: Any, monkeypatch: pytest.Monk
         "query_string": b"",
         "root_path": "",
     }
-    asyncio.run(application(realm.service)(scope, receive, send))  # type: ignore[arg-type]
+    asyncio.run(Application(realm.service)(scope, receive, send))  # type: ignore[arg-type]
     assert sent[0]["status"] == 408
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import signal
 import sys
@@ -11,18 +12,37 @@ from typing import Any
 
 import click
 
-from isolate.errors import MissingExtra, UsageError
+from isolate.errors import ControlMissing, MissingExtra, UsageError
+
+_RATE = "Requests a second of one peer (an address, or a user of a Unix socket), twice as many at once; 0: any."
+_OPENAPI = "Print the description of the service, and end. Needs no state."
 
 
 def command(name: str) -> click.Command:
     return serve_command
 
 
+def _print_openapi(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        from isolate.service.openapi import description
+
+        click.echo(json.dumps(description(), indent=2))
+        context.exit()
+
+
 @click.command("serve")
 @click.option("--state", required=True, type=click.Path(file_okay=False), help="The folder of the service's state.")
 @click.option(
-    "--listen", "address", default="tcp:127.0.0.1:8440", show_default=True, help="unix:/path or tcp:host:port."
+    "--listen",
+    "address",
+    default="tcp:127.0.0.1:8440",
+    show_default=True,
+    help="unix:/path, tls:host:port, or tcp:host:port for this machine only.",
 )
+@click.option("--tls-cert", metavar="F", help="With tls: certificate in PEM. Without, one is made and kept.")
+@click.option("--tls-key", metavar="F", help="With --tls-cert: its private key in PEM.")
+@click.option("--rate", type=click.FloatRange(min=0), default=200, show_default=True, help=_RATE)
+@click.option("--openapi", is_flag=True, is_eager=True, expose_value=False, callback=_print_openapi, help=_OPENAPI)
 @click.option("--init", metavar="OWNER.key", help="First make the state, certified by this signing key.")
 @click.option("--rotate", metavar="OWNER.key", help="First make new keys, certified for 90 more days.")
 @click.option(
@@ -45,6 +65,9 @@ def command(name: str) -> click.Command:
 def serve_command(
     state: str,
     address: str,
+    tls_cert: str | None,
+    tls_key: str | None,
+    rate: float,
     init: str | None,
     rotate: str | None,
     recover: str | None,
@@ -69,6 +92,8 @@ def serve_command(
     from isolate.cli.unlock import make_passphrase, unlock
     from isolate.crypto.kem import Identity, Recipient
     from isolate.crypto.signing import SigningKey
+    from isolate.enclave.boot import capabilities, harden
+    from isolate.messages.http import Address
     from isolate.service import recovery as renewal
     from isolate.service.clock import SteadyClock
     from isolate.service.head import Head
@@ -77,10 +102,14 @@ def serve_command(
     from isolate.transparency.keeping import read_checkpoint
 
     try:
-        from isolate.service import app
+        from isolate.service.app import Application
+        from isolate.service.limits import Limits
+        from isolate.service.listener import check_exposed, serve
+        from isolate.service.tls import given_identity, kept_identity
     except ImportError:
         raise MissingExtra(
-            "the service needs starlette and uvicorn", hint="pip install 'isolate-confidential[service]'"
+            "the service needs starlette, uvicorn and prometheus-client",
+            hint="pip install 'isolate-confidential[service]'",
         ) from None
     structlog.configure(
         processors=[
@@ -96,6 +125,14 @@ def serve_command(
         raise UsageError("give one of --init, --rotate and --recover")
     if (recovery_identity or new_passphrase_file) and not (rotate or recover):
         raise UsageError("--recovery-identity and --new-passphrase-file go with --rotate or --recover")
+    listening = Address.parse(address)
+    check_exposed(listening)
+    if (tls_cert is None) is not (tls_key is None) or (tls_cert and listening.kind != "tls"):
+        raise UsageError("--tls-cert and --tls-key go together, with --listen tls:host:port")
+    # Before a key is read: afterwards no core, no debugger and no other process of this user sees it.
+    harden()
+    if missing := [name for name, holds in capabilities().items() if not holds]:
+        raise ControlMissing(f"the service's process is not protected: {', '.join(missing)}")
     clock = SteadyClock()
     opener: Any = (
         Identity.load(recovery_identity)
@@ -131,4 +168,14 @@ def serve_command(
         service = Service(opened)
         if checkpoint:
             undo.enter_context(Head(opened, service.log, Path(checkpoint), first=bool(init or recover)))
-        app.serve(service, address, ready=lambda: click.echo(f"serving on {address}"))
+        identity = None
+        if tls_cert and tls_key:
+            identity = given_identity(tls_cert, tls_key)
+        elif listening.kind == "tls":
+            identity = kept_identity(state, host=listening.host, now=clock())
+        serve(
+            Application(service, Limits(rate=rate)),
+            listening,
+            identity=identity,
+            ready=lambda where: click.echo(f"serving on {where}"),
+        )
