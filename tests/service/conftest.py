@@ -36,7 +36,14 @@ from isolate.messages import http
 from isolate.messages.attest import AttestAnswer, AttestRequest, Challenge, ChallengeRequest, Registered
 from isolate.messages.attest import RegisterRequest as Register
 from isolate.messages.base import Message, Refusal, Signed
-from isolate.messages.invoke import ChargeRequest
+from isolate.messages.invoke import (
+    Budget,
+    BudgetRequest,
+    Receipt,
+    Reservation,
+    ReserveRequest,
+    SettleRequest,
+)
 from isolate.messages.owner import AssetRule, Done, PolicyUpdate
 from isolate.sealed.recipients import Passphrase
 from isolate.service.routes import Service
@@ -233,19 +240,19 @@ class Realm:
 
     # Handles
 
-    def grant(self, holder: SigningKey, asset: str = "a/b", **limits: Any) -> Token:
+    def grant(self, holder: SigningKey, asset: str = "a/b", epoch: int = 1, **limits: Any) -> Token:
         scope = Scope(**({"operations": {"op": DIGEST}} | limits))
-        return grant(self.owner, asset=asset, scope=scope, holder=holder.verifying_key.ed25519)
+        return grant(self.owner, asset=asset, scope=scope, holder=holder.verifying_key.ed25519, epoch=epoch)
 
     @staticmethod
-    def use(token: Token, holder: SigningKey, *, bytes_out: int = 256, **changes: Any) -> ChargeRequest:
-        """One use, as an enclave passes it on to be charged; ``changes`` are of the invocation."""
+    def use(token: Token, holder: SigningKey, *, bytes_out: int = 256, **changes: Any) -> ReserveRequest:
+        """One use, as an enclave passes it on to be reserved; ``changes`` are of the invocation."""
         fields: dict[str, Any] = {
             "operation": "op", "operation_digest": DIGEST, "argument_hash": hash_arguments(cbor.encode({})),
             "channel_binding": b"b" * 32, "nonce": Secret.generate(16).expose().tobytes(), "counter": 1,
         }  # fmt: skip
         invocation = Invocation.sign(token, holder, **(fields | changes))
-        return ChargeRequest(
+        return ReserveRequest(
             token.encode(), invocation.encode(), fields["channel_binding"], fields["argument_hash"], bytes_out
         )
 
@@ -288,6 +295,59 @@ class Realm:
         except IsolateError as error:
             return error.code
         return ""
+
+
+class Till:
+    """Reserves and settles through one enclave, and answers codes."""
+
+    def __init__(self, realm: Realm, enclave: Workload) -> None:
+        self.realm, self.enclave = realm, enclave
+
+    def reserve(self, request: ReserveRequest) -> Reservation:
+        signed = self.realm.signed_by(self.enclave, request)
+        reservation: Reservation = self.realm.ask("reserve", signed, Reservation)
+        return reservation
+
+    def settle(self, invocation: bytes, bytes_out: int = 256, code: str = "") -> Receipt:
+        signed = self.realm.signed_by(self.enclave, SettleRequest(invocation, bytes_out, code))
+        receipt: Receipt = self.realm.ask("settle", signed, Receipt)
+        return receipt
+
+    def send(self, request: ReserveRequest) -> Receipt:
+        """One use from beginning to end, at the size that was reserved."""
+        return self.settle(self.reserve(request).invocation, request.bytes_out)
+
+    def code(self, request: ReserveRequest) -> str:
+        """What this use is refused with; empty when its reply may leave."""
+        return self.realm.code(lambda: self.send(request))
+
+    def use(self, token: Token, holder: SigningKey, **changes: Any) -> str:
+        return self.code(self.realm.use(token, holder, **changes))
+
+    def left(self, token: Token, holder: SigningKey) -> Budget:
+        body = BudgetRequest(token.encode()).encode()
+        signed = Signed.make(Purpose.HOLDER_REQUEST, holder, body, b"n" * 32, self.realm.state.audience)
+        budget: Budget = self.realm.ask("budget", signed, Budget)
+        return budget
+
+
+@pytest.fixture
+def till(realm: Realm) -> Till:
+    """A till on a realm with one asset, ``a/b``."""
+    realm.asset()
+    return Till(realm, realm.enclave())
+
+
+@pytest.fixture
+def tills(realm: Realm) -> tuple[Till, Till]:
+    """Two enclaves on the same asset."""
+    realm.asset()
+    return Till(realm, realm.enclave()), Till(realm, realm.enclave(rank=1))
+
+
+@pytest.fixture
+def holder() -> SigningKey:
+    return SigningKey.generate()
 
 
 @pytest.fixture

@@ -198,7 +198,7 @@ def test_check_4_an_approval_expires(named: Office) -> None:
 
 
 @pytest.mark.threat("EXP-2")
-def test_check_5_an_approval_is_used_once(named: Office) -> None:
+def test_check_6_an_approval_is_used_once(named: Office) -> None:
     first, second, third = named.people
     given = [named.approve(first), named.approve(second)]
     assert named.code(given) == ""
@@ -213,7 +213,7 @@ def test_check_5_an_approval_is_used_once(named: Office) -> None:
 
 
 @pytest.mark.threat("EXP-1")
-def test_check_6_the_threshold_is_that_of_the_group(office: Office) -> None:
+def test_check_5_the_threshold_is_that_of_the_group(office: Office) -> None:
     office.name(threshold=3)
     given = [office.approve(one) for one in office.people]
     assert office.code(given[:2]) == "approvals_missing"

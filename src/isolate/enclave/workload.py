@@ -62,7 +62,7 @@ from isolate.messages.attest import (
 from isolate.messages.base import M, Message, Signed
 from isolate.messages.certificate import Issued, IssueRequest
 from isolate.messages.http import ask, post
-from isolate.messages.invoke import ChargeRequest, Receipt, Reservation, ReserveRequest, SettleRequest
+from isolate.messages.invoke import Receipt, Reservation, ReserveRequest, SettleRequest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -266,12 +266,6 @@ class Workload:
         if facts.digest != digest:
             raise Tampered("the file that was just written is not there any more")
         return self._ask("register", RegisterRequest(asset, facts.header, facts.directory), Registered)[0]
-
-    def charge(self, request: ChargeRequest, number: bytes) -> Receipt:
-        """Have a use charged, durably. Raises the refusal, or ReleaseRefused for a receipt that is not ours."""
-        receipt, standing = self._ask("charge", request, Receipt)
-        receipt.verify(standing.certificate, number)
-        return receipt
 
     def reserve(self, request: ReserveRequest, number: bytes) -> Reservation:
         """Have a use reserved at its worst case, durably, before it runs; ``number`` is its invocation's id.

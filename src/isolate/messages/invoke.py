@@ -127,13 +127,6 @@ class ReserveRequest(Message):
 
 
 @frozen
-class ChargeRequest(ReserveRequest):
-    """Reserve and settle in one, at the size of the whole reply: what the runtime asks until it has both."""
-
-    TYPE = "charge-request"
-
-
-@frozen
 class Reservation(Message):
     """The service's signature that this use, at its worst case, is durably spent: now the operation may run."""
 
@@ -200,16 +193,10 @@ class Receipt(Message):
     def sign(self, key: SigningKey) -> Receipt:
         return evolve(self, signature=key.sign(Purpose.RECEIPT, self.signed()))
 
-    def verify(self, certificate: ServiceCertificate, settled: SettleRequest | bytes) -> None:
+    def verify(self, certificate: ServiceCertificate, settled: SettleRequest) -> None:
         """Raises ReleaseRefused unless the certified service signed it for what was asked to be settled."""
-        if isinstance(settled, SettleRequest):
-            same = (self.invocation, self.bytes_out, self.code) == (
-                settled.invocation,
-                settled.bytes_out,
-                settled.code,
-            )
-        else:
-            same = self.invocation == settled
+        said = (self.invocation, self.bytes_out, self.code)
+        same = said == (settled.invocation, settled.bytes_out, settled.code)
         if not same or not certificate.release_key.verify(Purpose.RECEIPT, self.signed(), self.signature):
             raise ReleaseRefused("the receipt is not the service's, or for another use", code="receipt_refused")
 

@@ -9,8 +9,8 @@ members approves that; the root key alone is refused. An export is refused unles
 2. every approval is for exactly this: service, asset, digest, destination and reason, and its signature verifies;
 3. its key is in the group, and signed no other of these approvals;
 4. it has not expired;
-5. it was not used before;
-6. there are as many as the group's threshold;
+5. there are as many as the group's threshold;
+6. none was used before;
 7. the asset has a registered file with this digest.
 
 Then the keys are unwrapped, the approvals are used up and the export is logged, all in one committed transaction,
@@ -79,7 +79,7 @@ class Approvals:
             return GroupSet(sequence, self._log.append(database, "approvers", details))
 
     def _check_members(self, group: Approvers, given: list[GroupApproval] | list[Approval]) -> None:
-        """Checks 3, 4 and 6. Raises RefusedError."""
+        """Checks 3 to 5. Raises RefusedError."""
         keys = [one.key for one in given]
         if len(set(keys)) != len(keys) or not set(keys) <= set(group.keys):
             raise RefusedError(
@@ -121,8 +121,8 @@ class Approvals:
         }  # fmt: skip
         try:
             with self._state.transaction():
-                self._check_members(group, given)  # 3, 4, 6
-                self._use(database, given)  # 5
+                self._check_members(group, given)  # 3 to 5
+                self._use(database, given)  # 6
                 return self._release(database, request, said, [one.id for one in given])
         except RefusedError as refusal:
             # Who is no approver leaves no trace: anyone can sign something.

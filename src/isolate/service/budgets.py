@@ -37,7 +37,6 @@ from isolate.messages.base import Signed
 from isolate.messages.invoke import (
     ENFORCED,
     Budget,
-    ChargeRequest,
     Receipt,
     Reservation,
     ReserveRequest,
@@ -61,7 +60,13 @@ class Budgets:
         self._chains = ChainCache()
 
     def _verify(self, token: bytes) -> VerifiedToken:
-        verified = verify(token, self._state.owner.ed25519, now=self._state.clock(), cache=self._chains)
+        verified = verify(
+            token,
+            self._state.owner.ed25519,
+            now=self._state.clock(),
+            epoch=self._state.certificate.epoch,
+            cache=self._chains,
+        )
         verified.scope.require_enforced(ENFORCED)
         return verified
 
@@ -84,18 +89,6 @@ class Budgets:
         return self._answered(request, lambda database, caller: self._settle(database, caller, asked)).sign(
             self._state.release_key
         )
-
-    def charge(self, request: Signed) -> Receipt:
-        """Both at once."""
-        asked = ChargeRequest.parse(request.body)
-
-        def act(database: sqlite3.Connection, caller: Caller) -> Receipt | RefusedError:
-            reserved = self._reserve(database, caller, asked)
-            if isinstance(reserved, RefusedError):
-                return reserved
-            return self._settle(database, caller, SettleRequest(reserved[0], asked.bytes_out, ""))
-
-        return self._answered(request, act).sign(self._state.release_key)
 
     def _reserve(
         self, database: sqlite3.Connection, caller: Caller, request: ReserveRequest

@@ -143,7 +143,6 @@ ROUTES: dict[str, Route] = {
         invoke.ReserveRequest, invoke.Reservation, "enclave", lambda s, signed: s.budgets.reserve(signed)
     ),
     "settle": Route(invoke.SettleRequest, invoke.Receipt, "enclave", lambda s, signed: s.budgets.settle(signed)),
-    "charge": Route(invoke.ChargeRequest, invoke.Receipt, "enclave", lambda s, signed: s.budgets.charge(signed)),
     "standing": Route(
         attest.StandingRequest, attest.PeerStanding, "enclave", lambda s, signed: s.broker.standing(signed)
     ),
