@@ -5,7 +5,10 @@ Enclaves are real ``Workload`` objects. They speak to ``Service.answer`` directl
 
 from __future__ import annotations
 
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -381,3 +384,47 @@ def realms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 @pytest.fixture
 def realm(realms: Callable[..., Realm]) -> Realm:
     return realms()
+
+
+class Serving:
+    """`isolate serve` as a process. ``address`` is what it says it serves on; ``errors`` holds its lines."""
+
+    def __init__(self, folder: Path, listen: str, *words: str, **options: Any) -> None:
+        self.folder, self.errors, self.status = folder, folder / "errors", -1
+        line = [sys.executable, "-m", "isolate", "serve", "--listen", listen, "--state", f"{folder}/state"]
+        line += ["--passphrase-file", f"{folder}/passphrase", "--checkpoint", f"{folder}/head", *words]
+        if not (folder / "state").exists():
+            if not (folder / "owner.key").exists():
+                SigningKey.generate().save(folder / "owner.key")
+            line += ["--init", f"{folder}/owner.key", "--name", NAME, "--lineage", LINEAGE]
+        self.owner = SigningKey.load(folder / "owner.key")
+        with self.errors.open("ab") as errors:
+            self.process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True, **options)
+        assert self.process.stdout is not None
+        said = next((one for one in self.process.stdout if one.startswith("serving on ")), "")
+        if not said:
+            self.end()
+            raise AssertionError(self.errors.read_text())
+        self.address = said.split()[2]
+
+    def end(self, number: int = signal.SIGTERM, timeout: float = 30) -> int:
+        """The exit status, once it ended."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        self.process.communicate(timeout=timeout)
+        self.status = self.process.returncode
+        return self.status
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
+    """Starts services, by default on a Unix socket; those that a test leaves running are killed."""
+    started: list[Serving] = []
+
+    def start(listen: str = f"unix:{tmp_path}/socket", *words: str, **options: Any) -> Serving:
+        started.append(Serving(tmp_path, listen, *words, **options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end(signal.SIGKILL)
