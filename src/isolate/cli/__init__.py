@@ -19,6 +19,12 @@ from isolate.errors import IsolateError, UsageError
 
 # Command -> module of this package that defines it. Loaded when used: `isolate keygen` loads no server.
 COMMANDS = {
+    "agent": "isolate.cli.agent",
+    "delegate": "isolate.cli.handles",
+    "grant": "isolate.cli.handles",
+    "handle": "isolate.cli.handles",
+    "invoke": "isolate.cli.handles",
+    "revoke": "isolate.cli.handles",
     "log": "isolate.cli.log",
     "launch": "isolate.cli.launch",
     "measure": "isolate.cli.measure",
@@ -30,6 +36,9 @@ COMMANDS = {
     "unseal": "isolate.cli.sealed",
     "bench": "isolate.cli.bench",
     "verify": "isolate.cli.verify",
+    "owner": "isolate.cli.owner",
+    "rollback": "isolate.cli.owner",
+    "explain": "isolate.cli.owner",
     "demo": "isolate.cli.demo",
 }
 

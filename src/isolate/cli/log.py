@@ -38,6 +38,7 @@ def command(name: str) -> click.Group:
 @click.option("--remember", metavar="F", help="The last believed checkpoint: read, and replaced when all is well.")
 @click.option("--witness", "witnesses", multiple=True, metavar="NAME+ID+KEY", help="A witness's C2SP verifier key.")
 @click.option("--quorum", type=click.IntRange(0), help="How many of the witnesses must have signed. [default: all]")
+@click.option("--accept-epoch", type=click.IntRange(2), metavar="N", help="The owner told you of this recovery.")
 @click.option("--json", "as_json", is_flag=True, help="The machine form.")
 def verify(
     service: str,
@@ -46,6 +47,7 @@ def verify(
     remember: str | None,
     witnesses: tuple[str, ...],
     quorum: int | None,
+    accept_epoch: int | None,
     as_json: bool,
 ) -> None:
     """Check the log's checkpoint, that it only grew since the remembered one, and every entry since then.
@@ -56,11 +58,23 @@ def verify(
     known = [Witness.parse(text) for text in witnesses]
     wanted = len(known) if quorum is None else quorum
     found = certificate(service, VerifyingKey.parse(owner), lineage)
+    text = None if remember is None else read_checkpoint(remember)
+    if remember is not None and text is not None and _is_before(text, found.name, found.epoch):
+        if accept_epoch != found.epoch:
+            raise LogRefused(
+                f"the owner recovered this service: its log goes on as {found.origin}, and entries may be missing",
+                code="log_recovered",
+                hint=f"ask the owner; if that is so, say --accept-epoch {found.epoch}",
+            )
+        kept = f"{remember}.before-{found.epoch}"
+        Path(remember).rename(kept)
+        click.echo(f"what was remembered of the log before is in {kept}: keep it", err=True)
+        text = None
     auditor = Auditor(
         lambda path, most: fetch(service, f"/log/{path}", most=most),
         origin=found.origin,
         public=found.log_key.ed25519,
-        remembered=None if remember is None else read_checkpoint(remember),
+        remembered=text,
         witnesses=known,
         quorum=wanted,
     )
@@ -75,6 +89,12 @@ def verify(
     if remember is not None:
         write_checkpoint(remember, report.checkpoint.text)
     _print(report, remember, bool(known), as_json)
+
+
+def _is_before(text: str, name: str, epoch: int) -> bool:
+    """Whether this note is of an earlier epoch of the service of this name, by its first line."""
+    start, _, number = text.partition("\n")[0].rpartition("/")
+    return start == f"isolate/{name}" and number.isascii() and number.isdecimal() and int(number) < epoch
 
 
 def _print(report: Report, remember: str | None, watched: bool, as_json: bool) -> None:

@@ -33,10 +33,13 @@ from isolate.messages.owner import (
     Done,
     Evidence,
     EvidenceRequest,
+    ExplainRequest,
+    Explanation,
     LogAnswer,
     LogRequest,
     PolicyUpdate,
     Revoke,
+    Rollback,
 )
 
 
@@ -133,9 +136,23 @@ class Owner:
         )
 
     def newest(self, asset: str) -> Registered:
-        """The newest registered epoch of an asset: its digest is what ``expect=`` takes."""
+        """The file of an asset that is in force: its digest is what ``expect=`` takes."""
         registered: Registered = self._ask("asset", AssetRequest(asset), Registered)
         return registered
+
+    def rollback(self, asset: str, digest: bytes, *, facts: sealed.PublicFacts | None = None) -> Registered:
+        """Put an earlier file of an asset back into force, by its digest (32 bytes).
+
+        ``facts``: of the file itself, where the service does not know it, as after a recovery from an old copy.
+        """
+        parts = (facts.header, facts.directory) if facts else (b"", b"")
+        registered: Registered = self._ask("rollback", Rollback(asset, digest, *parts), Registered)
+        return registered
+
+    def explain(self, request_id: str) -> Explanation:
+        """Why the request with this id was refused: each check, with what was expected and found."""
+        explanation: Explanation = self._ask("explain", ExplainRequest(request_id), Explanation)
+        return explanation
 
     def revoke(self, handle: bytes) -> int:
         """End the handle with this id (32 bytes), and everything narrowed from it."""

@@ -39,9 +39,11 @@ from isolate.crypto.secret import Secret
 from isolate.crypto.signing import Purpose, SigningKey
 from isolate.enclave import boot
 from isolate.enclave.configuration import Configuration
+from isolate.enclave.watch import EVERY, Watch
 from isolate.errors import (
     ChannelError,
     ControlMissing,
+    RefusedError,
     ReleaseRefused,
     ResultRefused,
     Tampered,
@@ -53,14 +55,17 @@ from isolate.messages.attest import (
     AttestRequest,
     Challenge,
     ChallengeRequest,
+    PeerStandings,
     Registered,
     RegisterRequest,
     Release,
     ReleaseRequest,
     ServiceCertificate,
+    StandingRequest,
 )
 from isolate.messages.base import M, Message, Signed
 from isolate.messages.certificate import Issued, IssueRequest
+from isolate.messages.derive import DeriveRequest
 from isolate.messages.http import ask, post
 from isolate.messages.invoke import Receipt, Reservation, ReserveRequest, SettleRequest
 
@@ -118,6 +123,7 @@ class Workload:
         self.keys = KeyDigests.of(self._public)
         self._renewing = threading.Lock()
         self._retry = 0.0
+        self._watch = Watch(self._standings, now=self.now)
         self._standing = self._attest()
 
     def _attest(self) -> _Standing:
@@ -192,8 +198,24 @@ class Workload:
         return self._standing.now()
 
     def _ask(self, route: str, body: Message, answer: type[M]) -> tuple[M, _Standing]:
-        """The service's signed answer, and the standing under which it was asked."""
+        """The service's signed answer, and the standing under which it was asked.
+
+        A result that is not taken any more (another policy, other keys of the service, another epoch) is replaced
+        once: whoever is still admitted goes on.
+        """
         standing = self._current()
+        try:
+            return self._asked(standing, route, body, answer), standing
+        except RefusedError as error:
+            if not isinstance(error, ResultRefused) and error.code != "wrong_audience":
+                raise
+        with self._renewing:
+            if self._standing is standing:
+                self._standing = self._attest()
+            standing = self._standing
+        return self._asked(standing, route, body, answer), standing
+
+    def _asked(self, standing: _Standing, route: str, body: Message, answer: type[M]) -> M:
         request = Signed.make(
             Purpose.ENCLAVE_REQUEST,
             self._signing,
@@ -202,7 +224,10 @@ class Workload:
             standing.certificate.audience,
             standing.token,
         )
-        return ask(self._service, route, request, answer, standing.certificate.release_key), standing
+        return ask(self._service, route, request, answer, standing.certificate.release_key)
+
+    def _standings(self, instances: list[bytes]) -> PeerStandings:
+        return self._ask("standing", StandingRequest(instances), PeerStandings)[0]
 
     def unlock(self, facts: PublicFacts) -> CompartmentKeys:
         """Have the keys of this file released to this instance.
@@ -251,6 +276,29 @@ class Workload:
         metadata: Mapping[str, str] | None = None,
     ) -> Registered:
         """Seal tensors as the next epoch of an asset, and register them. ``epoch`` is higher than the last."""
+        facts = self._seal(asset, tensors, epoch, metadata)
+        return self._ask("register", RegisterRequest(asset, facts.header, facts.directory), Registered)[0]
+
+    def derive(
+        self,
+        asset: str,
+        tensors: Mapping[str, np.ndarray[Any, Any]],
+        *,
+        invocation: bytes,
+        metadata: Mapping[str, str],
+    ) -> Registered:
+        """Seal what a reserved use makes, and register it as derived (docs/spec/operations.md, 6)."""
+        facts = self._seal(asset, tensors, 1, metadata)
+        request = DeriveRequest(invocation, asset, facts.header, facts.directory)
+        return self._ask("derive", request, Registered)[0]
+
+    def _seal(
+        self,
+        asset: str,
+        tensors: Mapping[str, np.ndarray[Any, Any]],
+        epoch: int,
+        metadata: Mapping[str, str] | None,
+    ) -> PublicFacts:
         path = self.locate(asset)
         digest = sealed.save_file(
             tensors,
@@ -265,7 +313,7 @@ class Workload:
         # The host keeps the file, and could have put another one of ours in its place.
         if facts.digest != digest:
             raise Tampered("the file that was just written is not there any more")
-        return self._ask("register", RegisterRequest(asset, facts.header, facts.directory), Registered)[0]
+        return facts
 
     def reserve(self, request: ReserveRequest, number: bytes) -> Reservation:
         """Have a use reserved at its worst case, durably, before it runs; ``number`` is its invocation's id.
@@ -308,6 +356,8 @@ class Workload:
             lineage=self.configuration.lineage,
             least_sequence=self.result.sequence,
             INSECURE_accept_simulated=self.configuration.INSECURE_accept_simulated,
+            recheck=self._watch.recheck,
+            recheck_every=EVERY,
         )
 
     def listen(

@@ -20,6 +20,7 @@ from isolate.errors import ReleaseRefused
 from isolate.messages.base import Bytes32, Bytes64, Limit, Message
 
 MAX_RECOVERY = 16  # offline recipients in a certificate
+MAX_INSTANCES = 4096  # in one question about peers
 MAX_COMPARTMENTS = 4096  # ids in one release; a file has no more
 RawRecipient = Annotated[bytes, Limit(PUBLIC_SIZE, PUBLIC_SIZE)]
 
@@ -231,19 +232,22 @@ class ReleaseContext(Message):
 
 @frozen
 class StandingRequest(Message):
-    """Body of a Signed request by an enclave: is the instance at the other end of its channel still admitted?"""
+    """Body of a Signed request by an enclave: are the instances at the other ends of its channels still admitted?"""
 
     TYPE = "standing-request"
-    instance: Bytes32
+    instances: Annotated[list[Bytes32], Limit(0, MAX_INSTANCES)]
 
 
 @frozen
-class PeerStanding(Message):
-    """``code`` is empty while the instance stands; else why it does not."""
+class PeerStandings(Message):
+    """For each instance that was asked about, in that order: empty while it stands, else the code why it does not.
 
-    TYPE = "peer-standing"
-    instance: bytes
-    code: str
+    ``max_stale`` (seconds) is the policy's: how long what is open may go on without the service.
+    """
+
+    TYPE = "peer-standings"
+    codes: list[str]
+    max_stale: int
     time: int
 
 

@@ -40,7 +40,7 @@ from isolate.errors import (
     UsageError,
 )
 from isolate.messages.attest import (
-    PeerStanding,
+    PeerStandings,
     Registered,
     RegisterRequest,
     Release,
@@ -51,6 +51,7 @@ from isolate.messages.attest import (
 from isolate.messages.base import Signed
 from isolate.messages.owner import AssetRequest, AssetRule, Done, Rollback
 from isolate.sealed.recipients import compartment_keys
+from isolate.service import derived
 from isolate.service.appraiser import Appraiser
 from isolate.service.explain import because, checking, text
 from isolate.service.log import Log
@@ -82,9 +83,9 @@ class Broker:
         return self._state.once(request.nonce, lambda database: self._caller(database, request), act)
 
     def _caller(self, database: sqlite3.Connection, request: Signed) -> Caller:
-        policy, now = self._appraiser.policy(), self._state.clock()
         with checking(1, f"signed for {self._state.audience}"):
             key = request.verify(Purpose.ENCLAVE_REQUEST, self._state.audience)
+        policy, now = self._appraiser.policy(), self._state.clock()
         with checking(2, f"a result of this service, of policy {text(policy.id)}, that has not expired at {now}"):
             result = results.verify(
                 request.token,
@@ -123,20 +124,25 @@ class Broker:
             error = ReleaseRefused("this measurement is no longer admitted", code="measurement_revoked")
             raise because(5, error, expected="a measurement that is valid now, and not revoked", found=name)
 
-    def standing(self, request: Signed) -> PeerStanding:
-        """Whether another instance still holds its slot, with an admitted measurement: checks 4 and 5."""
+    def standing(self, request: Signed) -> PeerStandings:
+        """Whether other instances still hold their slots, with admitted measurements: checks 4 and 5 for each."""
         asked = StandingRequest.parse(request.body)
 
-        def look(database: sqlite3.Connection, _: Caller) -> str:
-            holds = database.execute("SELECT 1 FROM slot WHERE instance = ?", (asked.instance,)).fetchone()
-            try:
-                self._keys(database, asked.instance)
-                self._check_measurement(database, self._appraiser.policy(), asked.instance, self._state.clock())
-            except RefusedError as error:
-                return error.code
-            return "" if holds else "slot_retired"
+        def look(database: sqlite3.Connection, _: Caller) -> PeerStandings:
+            policy, now = self._appraiser.policy(), self._state.clock()
+            codes = [self._standing(database, policy, one, now) for one in asked.instances]
+            return PeerStandings(codes, policy.max_stale, now)
 
-        return PeerStanding(asked.instance, self.acting(request, look), self._state.clock())
+        return self.acting(request, look)
+
+    def _standing(self, database: sqlite3.Connection, policy: Policy, instance: bytes, now: int) -> str:
+        try:
+            self._keys(database, instance)
+            self._check_measurement(database, policy, instance, now)
+        except RefusedError as error:
+            return error.code
+        holds = database.execute("SELECT 1 FROM slot WHERE instance = ?", (instance,)).fetchone()
+        return "" if holds else "slot_retired"
 
     @staticmethod
     def _check_slot(database: sqlite3.Connection, result: AttestationResult) -> None:
@@ -213,7 +219,8 @@ class Broker:
     @staticmethod
     def allow(database: sqlite3.Connection, asset: str, measurement: str, column: str) -> None:
         """Raises ReleaseRefused unless the asset's rule names this measurement among its readers or writers."""
-        row = database.execute("SELECT readers, writers FROM rule WHERE asset = ?", (asset,)).fetchone()
+        ruled = derived.readers_rule(database, asset) if column == "readers" else asset
+        row = database.execute("SELECT readers, writers FROM rule WHERE asset = ?", (ruled,)).fetchone()
         names: list[Any] = cbor.decode(bytes(row[0 if column == "readers" else 1])) if row else []
         if measurement not in names:
             error = ReleaseRefused(f"the owner's rule for {asset} does not name {measurement}", code="rule_denied")

@@ -1,9 +1,9 @@
 """The service's clock: the machine's time at the start, and from then on what has passed since.
 
-    >>> wall = [1000.0, 1000.0, 4600.0]
+    >>> wall = [1000.0, 1000.0, 1030.0]  # at the start, and at two looks
     >>> clock = SteadyClock(wall=lambda: wall.pop(0), elapsed=lambda: 7.0)
     >>> clock(), round(clock.skew()), round(clock.skew())
-    (1000, 0, 3600)
+    (1000, 0, 30)
 
 Somebody who sets the machine's clock back would bring back what has expired; set ahead, it would end results,
 grants and certificates before their time. So a jump while the service runs changes nothing, and is told in the logs

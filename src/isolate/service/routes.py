@@ -18,13 +18,14 @@ from attrs import frozen
 
 from isolate.crypto.signing import Purpose
 from isolate.errors import IsolateError, MalformedError, RefusedError, UnavailableError, UsageError
-from isolate.messages import approve, attest, certificate, invoke, limits, owner
+from isolate.messages import approve, attest, certificate, derive, invoke, limits, owner
 from isolate.messages.base import Answer, Message, Refusal, Signed
 from isolate.service.appraiser import Appraiser
 from isolate.service.approvals import Approvals
 from isolate.service.authority import Authority
 from isolate.service.broker import Broker
 from isolate.service.budgets import Budgets
+from isolate.service.derived import Derived
 from isolate.service.explain import Explanations
 from isolate.service.log import Log
 from isolate.service.state import State
@@ -44,6 +45,7 @@ class Service:
         self.appraiser = Appraiser(state, self.log)
         self.broker = Broker(state, self.log, self.appraiser)
         self.budgets = Budgets(state, self.log, self.broker)
+        self.derived = Derived(self.log, self.broker)
         self.approvals = Approvals(state, self.log)
         self.tiles = Tiles(state, self.log)
         self.authority = Authority(state, self.log, self.appraiser, self.broker)
@@ -143,8 +145,9 @@ ROUTES: dict[str, Route] = {
         invoke.ReserveRequest, invoke.Reservation, "enclave", lambda s, signed: s.budgets.reserve(signed)
     ),
     "settle": Route(invoke.SettleRequest, invoke.Receipt, "enclave", lambda s, signed: s.budgets.settle(signed)),
+    "derive": Route(derive.DeriveRequest, attest.Registered, "enclave", lambda s, signed: s.derived.derive(signed)),
     "standing": Route(
-        attest.StandingRequest, attest.PeerStanding, "enclave", lambda s, signed: s.broker.standing(signed)
+        attest.StandingRequest, attest.PeerStandings, "enclave", lambda s, signed: s.broker.standing(signed)
     ),
     "certify": Route(
         certificate.IssueRequest, certificate.Issued, "enclave", lambda s, signed: s.authority.certify(signed)

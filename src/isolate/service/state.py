@@ -39,7 +39,7 @@ from isolate.crypto.secret import Secret
 from isolate.crypto.signing import SigningKey, VerifyingKey
 from isolate.errors import IsolateError, RefusedError, StorageError, UnavailableError, UsageError
 from isolate.messages.attest import MAX_RECOVERY, ServiceCertificate
-from isolate.service import accounts, approvals
+from isolate.service import accounts, approvals, derived
 from isolate.service.keyring import Keyring, Unlock
 
 # Also part of the origin of the log's checkpoints, so it may hold no space, no plus and no slash.
@@ -106,7 +106,7 @@ def create(
         try:
             keys.save(made, owner=owner, unlock=unlock)
             with contextlib.closing(sqlite3.connect(made / "state.db")) as database, database:
-                database.executescript("\n".join((_SCHEMA, accounts.SCHEMA, approvals.SCHEMA)))
+                database.executescript("\n".join((_SCHEMA, accounts.SCHEMA, approvals.SCHEMA, derived.SCHEMA)))
                 database.execute(f"PRAGMA user_version = {VERSION}")
                 meta = [("owner", owner.verifying_key.to_bytes()), ("epoch", b"1")]
                 database.executemany("INSERT INTO meta VALUES (?, ?)", meta)
@@ -305,7 +305,9 @@ class State:
         raise refusal
 
     def close(self) -> None:
-        self._database.close()
+        # Whoever is inside a transaction ends it first: SQLite does not survive being closed under a statement.
+        with self._turn:
+            self._database.close()
         self._lock_file.close()
 
     def __enter__(self) -> Self:

@@ -1,0 +1,134 @@
+"""The owner's words to a service: `isolate owner policy|rule|register`, `isolate rollback`, `isolate explain`.
+
+>>> [command(name).name for name in ("owner", "rollback", "explain")]
+['owner', 'rollback', 'explain']
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from isolate import sealed
+from isolate.attestation.policy import Policy
+from isolate.client.owner import Owner
+from isolate.crypto.signing import SigningKey
+from isolate.errors import StorageError, UsageError
+from isolate.messages.attest import Registered
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def of_the_owner(function: F) -> F:
+    """The options that say which service, and who asks."""
+    for option in (
+        click.option("--sign", "key", required=True, metavar="OWNER.key", help="The owner's root signing key."),
+        click.option("--service", required=True, metavar="ADDRESS", help="unix:/path, tcp:host:port or tls:..."),
+        click.option("--lineage", default="default", show_default=True, help="Of the service's policies."),
+    ):
+        function = option(function)
+    return function
+
+
+def _owner(key: str, service: str, lineage: str) -> Owner:
+    return Owner(SigningKey.load(key), service=service, lineage=lineage)
+
+
+def _print(registered: Registered) -> None:
+    click.echo(f"{registered.asset}: epoch {registered.epoch}, digest {registered.digest.hex()}")
+
+
+@click.group("owner")
+def owner_group() -> None:
+    """What only the owner says to a service: policies, rules and files."""
+
+
+@owner_group.command("policy")
+@click.argument("file", metavar="POLICY.toml")
+@of_the_owner
+def policy(file: str, key: str, service: str, lineage: str) -> None:
+    """Sign a policy and put it into force. Its sequence must be above the last; its lineage is the service's."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise StorageError(f"cannot read {file}") from None
+    index = _owner(key, service, lineage).set_policy(Policy.from_toml(text))
+    click.echo(f"in force; entry {index} of the log")
+
+
+@owner_group.command("rule")
+@click.argument("asset")
+@click.option(
+    "--reader", "readers", multiple=True, metavar="NAME", help="A reference of the policy that may read it."
+)
+@click.option(
+    "--writer", "writers", multiple=True, metavar="NAME", help="A reference that may make its next epoch."
+)
+@of_the_owner
+def rule(
+    asset: str, readers: tuple[str, ...], writers: tuple[str, ...], key: str, service: str, lineage: str
+) -> None:
+    """Say which measurements may read and write an asset, in place of what was said before."""
+    index = _owner(key, service, lineage).set_rule(asset, readers=readers, writers=writers)
+    click.echo(f"in force; entry {index} of the log")
+
+
+@owner_group.command("register")
+@click.argument("file", metavar="MODEL.sealed")
+@of_the_owner
+def register(file: str, key: str, service: str, lineage: str) -> None:
+    """Register a sealed file as the newest epoch of its asset: only then are its keys released."""
+    _print(_owner(key, service, lineage).register(file))
+
+
+@click.command("rollback")
+@click.argument("asset")
+@click.option(
+    "--to", "digest", required=True, metavar="DIGEST", help="As `isolate inspect` prints it."
+)
+@click.option("--file", metavar="MODEL.sealed", help="The file itself, where the service does not know it.")
+@of_the_owner
+def rollback(asset: str, digest: str, file: str | None, key: str, service: str, lineage: str) -> None:
+    """Put an earlier file of an asset back into force. It stands in the log; later files must still be newer.
+
+    After a recovery this is also how the owner says which file is the newest.
+    """
+    try:
+        raw = bytes.fromhex(digest)
+    except ValueError:
+        raw = b""
+    if len(raw) != 32:
+        raise UsageError("--to takes a file digest: 64 hex digits")
+    facts = None if file is None else sealed.public_facts(file)
+    _print(_owner(key, service, lineage).rollback(asset, raw, facts=facts))
+
+
+@click.command("explain")
+@click.argument("request_id")
+@click.option("--json", "as_json", is_flag=True, help="The machine form.")
+@of_the_owner
+def explain(request_id: str, as_json: bool, key: str, service: str, lineage: str) -> None:
+    """Why a request was refused: every check of its route, with what was expected and what was found."""
+    found = _owner(key, service, lineage).explain(request_id)
+    if as_json:
+        body = {"request_id": found.request_id, "time": found.time, "route": found.route, "code": found.code}
+        click.echo(json.dumps({**body, "message": found.message, "checks": found.checks}, indent=2))
+        return
+    when = datetime.fromtimestamp(found.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    click.echo(f"{found.route} was refused at {when} with {found.code}: {found.message}")
+    for one in found.checks:
+        mark = {True: "passed", False: "FAILED", None: "not reached"}[one["passed"]]
+        click.echo(f"{one['number']:>4} {one['name']:<18} {mark}")
+        if one["passed"] is False:
+            click.echo(f"     expected  {one['expected']}\n     found     {one['found']}")
+    click.echo("docs/errors.md has what to do next for each code")
+
+
+def command(name: str) -> click.Command:
+    """The command of that name."""
+    return {"owner": owner_group, "rollback": rollback, "explain": explain}[name]

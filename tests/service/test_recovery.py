@@ -1,0 +1,248 @@
+"""An old copy of the state, a recovery, new keys, and files that are put back: what was before does not hold."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isolate import sealed
+from isolate.attestation.policy import SignedPolicy
+from isolate.crypto.kem import Identity
+from isolate.crypto.signing import SigningKey
+from isolate.errors import IsolateError, LogRefused, StorageError, UsageError
+from isolate.messages.attest import Registered, Release, ReleaseRequest
+from isolate.messages.base import Message
+from isolate.messages.invoke import Reservation
+from isolate.messages.owner import AssetRule, Done, PolicyUpdate, Revoke, Rollback
+from isolate.sealed.recipients import Passphrase
+from isolate.service.head import Head
+from isolate.service.keyring import Keyring
+from isolate.service.recovery import recover, rotate
+from isolate.transparency import Checkpoint
+
+
+def again(realm: Any, act: Callable[..., Any] = recover, **options: Any) -> Any:
+    """Stop the service, do this to its state, and start it again."""
+    realm.state.close()
+    fields: dict[str, Any] = {"owner": realm.owner, "unlock": realm.unlock, "clock": realm.clock}
+    certificate = act(realm.folder / "state", **(fields | options))
+    realm.open()
+    return certificate
+
+
+def restore(realm: Any, copy: Path) -> None:
+    realm.state.close()
+    shutil.rmtree(realm.folder / "state")
+    shutil.copytree(copy, realm.folder / "state")
+
+
+def back_up(realm: Any) -> Path:
+    copy: Path = realm.folder / "copy"
+    realm.state.close()
+    shutil.copytree(realm.folder / "state", copy)
+    realm.open()
+    return copy
+
+
+def rollback(realm: Any, path: Path, *, whole: bool = False, asset: str = "a/b") -> Registered:
+    facts = sealed.public_facts(path)
+    parts = (facts.header, facts.directory) if whole else (b"", b"")
+    answer: Registered = realm.tell("rollback", Rollback(asset, facts.digest, *parts), Registered)
+    return answer
+
+
+@pytest.mark.threat("SVC-70")
+def test_a_restored_state_is_recovered_and_nothing_of_before_holds(realm: Any, tmp_path: Path) -> None:
+    holder, path = SigningKey.generate(), realm.asset()
+    token, enclave = realm.grant(holder, uses=3), realm.enclave()
+    kept_rule = realm.owner_request(AssetRule("a/b", ["reader", "other"], []))
+    realm.ask("owner/rule", kept_rule, Done)
+    copy = back_up(realm)
+    # What the old copy will have forgotten: a narrower rule, a revocation, a newer file, uses, a stricter policy.
+    realm.rule("a/b", readers=("reader",))
+    realm.tell("revoke", Revoke(token.id))
+    newer = realm.seal(epoch=2)
+    realm.register(newer)
+    used = realm.signed_by(enclave, ReleaseRequest(sealed.public_facts(newer).digest, [], bytes(32)))
+    realm.ask("release", used, Release)
+    stricter = realm.set_policy(max_stale=60)
+    size, head = len(realm.entries()), tmp_path / "head"
+    with Head(realm.state, realm.service.log, head, first=True):
+        pass
+    kept = head.read_text()
+
+    restore(realm, copy)
+    realm.open()
+    with pytest.raises(LogRefused) as refused:
+        Head(realm.state, realm.service.log, head)
+    assert refused.value.code == "log_shrunk"
+    restored = len(realm.entries())
+
+    certificate = again(realm, kept=kept)
+    assert (certificate.audience, certificate.origin) == ("svc/2", "isolate/svc/2")
+    # 1. No request that was signed before is taken again, though this state never saw one of them.
+    for route, request in (("owner/rule", kept_rule), ("release", used)):
+        assert (
+            realm.code(lambda route=route, request=request: realm.ask(route, request, Message)) == "wrong_audience"
+        )
+    # 2. Results of before are worth nothing.
+    old = realm.signed_by(enclave, ReleaseRequest(bytes(32), [], bytes(32)))
+    assert realm.code(lambda: realm.ask("release", old, Release)) == "no_policy"
+    # 4. No policy is in force, and none that was before comes back.
+    offered = PolicyUpdate(SignedPolicy.sign(realm.policy(sequence=1), realm.owner).encode())
+    assert realm.code(lambda: realm.tell("policy", offered)) == "policy_rollback"
+    realm.set_policy(max_stale=stricter.max_stale)
+    assert realm.code(lambda: realm.ask("release", old, Release)) == "result_signature"
+    # 5. No file is released until the owner has named it, and he may name one that this state does not know.
+    fresh = realm.enclave()
+    assert realm.code(lambda: fresh.unlock(sealed.public_facts(path))) == "unconfirmed"
+    assert realm.code(lambda: fresh.unlock(sealed.public_facts(newer))) == "unknown_asset"
+    assert rollback(realm, newer, whole=True).epoch == 2
+    assert realm.code(lambda: fresh.unlock(sealed.public_facts(newer))) == "rule_denied"
+    realm.rule("a/b", readers=("reader",))
+    fresh.unlock(sealed.public_facts(newer))
+    assert realm.code(lambda: fresh.unlock(sealed.public_facts(path))) == "rolled_back"
+    # 3. The handle that was revoked, and whose revocation is forgotten, has ended with every other grant of before.
+    use = realm.signed_by(fresh, realm.use(token, holder))
+    assert realm.code(lambda: realm.ask("reserve", use, Reservation)) == "epoch_ended"
+    granted = realm.grant(holder, uses=3, epoch=2)
+    realm.ask("reserve", realm.signed_by(fresh, realm.use(granted, holder)), Reservation)
+    # 6. The log says what was found and what was missing, and goes on under another name and key.
+    (entry,) = realm.entries("recovery")
+    assert (entry["epoch"], entry["found"]["size"], entry["kept"]["size"]) == (2, restored, size)
+    Checkpoint.verify(realm.service.log.checkpoint(), "isolate/svc/2", certificate.log_key.ed25519)
+    with pytest.raises(LogRefused):
+        Checkpoint.verify(kept, "isolate/svc/2", certificate.log_key.ed25519)
+
+
+@pytest.mark.threat("SVC-70")
+def test_a_recovery_that_is_interrupted_serves_nothing_until_it_is_done(
+    realm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise StorageError("no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Keyring, "save", fail)
+        with pytest.raises(StorageError):
+            again(realm)
+    with pytest.raises(StorageError) as refused:
+        realm.open()
+    assert refused.value.code == "epoch_mixed"
+    assert recover(
+        realm.folder / "state", owner=realm.owner, unlock=realm.unlock, clock=realm.clock
+    ).epoch == 3  # fmt: skip
+    realm.open()
+    assert [entry["epoch"] for entry in realm.entries("recovery")] == [2, 3]
+
+
+@pytest.mark.threat("SVC-70")
+def test_an_old_database_does_not_go_with_newer_keys(realm: Any) -> None:
+    copy = back_up(realm)
+    again(realm)
+    realm.state.close()
+    for path in copy.glob("state.db*"):
+        shutil.copy(path, realm.folder / "state" / path.name)
+    with pytest.raises(StorageError) as refused:
+        realm.open()
+    assert refused.value.code == "epoch_mixed"
+
+
+@pytest.mark.threat("SVC-71")
+def test_keys_are_rotated_and_what_was_sealed_before_still_opens(realm: Any) -> None:
+    path, enclave = realm.asset(), realm.enclave()
+    before, note = realm.state.certificate, realm.service.log.checkpoint()
+    realm.clock.now += 89 * 86400
+    after = again(realm, rotate)
+    for name in ("release", "result", "recipient"):
+        assert getattr(after, name) != getattr(before, name)
+    assert (after.log, after.audience) == (before.log, before.audience)
+    assert after.valid_at(realm.clock() + 89 * 86400)
+    assert not before.valid_at(realm.clock() + 89 * 86400)
+    # The file is sealed to the former recipient; the enclave, which knows the former keys, attests anew by itself.
+    asked = len(realm.carried)
+    enclave.unlock(sealed.public_facts(path))
+    assert [route for route, _ in realm.carried[asked:]] == ["challenge", "attest", "release"]
+    realm.register(realm.seal(epoch=2))
+    assert [entry["kind"] for entry in realm.entries() if entry["kind"] == "keys"] == ["keys"]
+    Checkpoint.verify(note, after.origin, after.log_key.ed25519)
+    for _ in range(40):
+        realm.clock.now += 86400
+        again(realm, rotate)
+    assert len(realm.state.keys.identities) == 32
+
+
+@pytest.mark.threat("SVC-71")
+def test_a_lost_passphrase_is_no_lost_service(realm: Any) -> None:
+    path, new = realm.asset(), Passphrase("a new one", memory=64, passes=1)
+    with pytest.raises(UsageError):
+        again(realm, rotate, unlock=realm.recovery)
+    old, realm.unlock = realm.unlock, new
+    again(realm, rotate, unlock=realm.recovery, new=new)
+    realm.enclave().unlock(sealed.public_facts(path))
+    realm.state.close()
+    with pytest.raises(IsolateError) as refused:
+        rotate(realm.folder / "state", owner=realm.owner, unlock=old, clock=realm.clock)
+    assert refused.value.code == "no_recipient"
+
+
+@pytest.mark.threat("SVC-71")
+@pytest.mark.parametrize("act", [rotate, recover])
+def test_nobody_but_the_owner_makes_new_keys(realm: Any, act: Callable[..., Any]) -> None:
+    before, size = realm.state.certificate, len(realm.entries())
+    with pytest.raises(UsageError):
+        again(realm, act, owner=SigningKey.generate())
+    realm.open()
+    assert (realm.state.certificate, len(realm.entries())) == (before, size)
+
+
+@pytest.mark.threat("SVC-72")
+def test_a_file_is_put_back_by_the_owner_and_logged(realm: Any) -> None:
+    first, enclave = realm.asset(), realm.enclave()
+    second = realm.seal(epoch=2)
+    realm.register(second)
+    assert realm.code(lambda: enclave.unlock(sealed.public_facts(first))) == "rolled_back"
+    back = rollback(realm, first)
+    assert (back.epoch, realm.entries("rollback")) == (
+        1, [{"kind": "rollback", "asset": "a/b", "digest": back.digest}]
+    )  # fmt: skip
+    enclave.unlock(sealed.public_facts(first))
+    assert realm.code(lambda: enclave.unlock(sealed.public_facts(second))) == "rolled_back"
+    # What comes next is above everything that ever was, not above what was put back.
+    assert realm.code(lambda: realm.register(realm.seal(epoch=2))) == "rolled_back"
+    realm.register(realm.seal(epoch=3))
+    realm.reopen()
+    assert realm.code(lambda: enclave.unlock(sealed.public_facts(first))) == "rolled_back"
+
+
+@pytest.mark.threat("SVC-72")
+def test_a_rollback_to_what_nobody_named_is_refused(realm: Any, tmp_path: Path) -> None:
+    realm.asset()
+    size = len(realm.entries())
+    other = realm.seal("a/c")
+    stranger = realm.seal(epoch=7, sign=SigningKey.generate())
+    twin = realm.seal(epoch=1)
+    for path, options, code in (
+        (other, {}, "unknown_asset"),
+        (other, {"whole": True}, "unauthenticated_origin"),
+        (twin, {"whole": True}, "rolled_back"),
+    ):
+        assert realm.code(lambda path=path, options=options: rollback(realm, path, **options)) == code
+    # A stranger's file may be named, digest by digest; not under another's digest.
+    facts = sealed.public_facts(stranger)
+    forged = Rollback("a/b", bytes(32), facts.header, facts.directory)
+    assert realm.code(lambda: realm.tell("rollback", forged, Registered)) == "unauthenticated_origin"
+    thief = realm.owner_request(Rollback("a/b", facts.digest, b"", b""), SigningKey.generate())
+    assert realm.code(lambda: realm.ask("owner/rollback", thief, Registered)) == "not_owner"
+    unsealable = tmp_path / "x.sealed"
+    sealed.save_file(
+        {"w": np.zeros(1)}, unsealable, recipients=[Identity.generate().recipient],
+        sign=realm.owner, model_id="a/b", epoch=9,
+    )  # fmt: skip
+    assert realm.code(lambda: rollback(realm, unsealable, whole=True)) == "no_recipient"
+    assert len(realm.entries()) == size
