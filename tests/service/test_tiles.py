@@ -20,7 +20,7 @@ from isolate.crypto import cbor, merkle
 from isolate.crypto.signing import SigningKey
 from isolate.errors import LogRefused, ServiceUnavailable, StorageError, UsageError
 from isolate.service import head as heads
-from isolate.service.app import application
+from isolate.service.app import Application
 from isolate.service.head import Head
 from isolate.transparency import Checkpoint, Tile, Witness, cosign, sign_checkpoint, tile_bytes, verifier_key
 from isolate.transparency.checkpoint import COSIGNATURE
@@ -77,7 +77,7 @@ def test_an_honest_log_is_verified_from_nothing_and_from_what_was_remembered(
 
 def get(realm: Any, path: str, method: str = "GET") -> httpx.Response:
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(application(realm.service))
+        transport = httpx.ASGITransport(Application(realm.service))
         async with httpx.AsyncClient(transport=transport, base_url="http://log") as client:
             return await client.request(method, f"/log/{path}")
 
