@@ -51,7 +51,7 @@ class AsyncHandle(Held):
         super().__init__(file, signer)
 
     @bare_async
-    async def invoke(self, operation: str, **arguments: Any) -> Any:
+    async def invoke(self, operation: str, /, **arguments: Any) -> Any:
         """Run one operation in the enclave, as ``Handle.invoke``."""
         digest = self._digest(operation)
         encoded, hashed = self._encode(arguments)

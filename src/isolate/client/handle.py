@@ -48,7 +48,7 @@ class Handle(Held):
         super().__init__(file, signer)
 
     @bare
-    def invoke(self, operation: str, **arguments: Any) -> Any:
+    def invoke(self, operation: str, /, **arguments: Any) -> Any:
         """Run one operation in the enclave. Arrays travel as bytes of their own dtype.
 
         Raises the typed refusal with its code and request id, or a ChannelError.
