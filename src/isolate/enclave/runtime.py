@@ -21,6 +21,7 @@ leave tells them apart: a refusal comes sooner. Spec: docs/spec/operations.md.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -41,7 +42,8 @@ from isolate.capability.token import ChainCache, verify
 from isolate.crypto import cbor
 from isolate.crypto.kdf import Label, derive
 from isolate.crypto.secret import Secret
-from isolate.enclave.operations import Operation
+from isolate.enclave.derived import Derivations
+from isolate.enclave.operations import Derived, Operation
 from isolate.enclave.replies import fit
 from isolate.enclave.view import View
 from isolate.enclave.workload import Workload
@@ -91,6 +93,7 @@ class Server:
         self._operations = {operation.name: operation.under(minimum_group) for operation in operations}
         self._chains = ChainCache()
         self._seeds = Secret.generate(32)
+        self._derived = Derivations(workload, asset)
 
     def run(self) -> None:
         """Serve clients until the process ends. A refused client ends its own channel and no other."""
@@ -159,14 +162,19 @@ class Server:
             raise CapabilityRefused("no such operation runs here", code="unknown_operation")
         token.scope.check_arguments(operation.name, request.arguments)
         decoded = operation.decode(request.arguments)
+        cost = operation.cost(decoded)
         # The declared type is what counts, at its greatest: so that what is refused here says nothing of the data.
         token.scope.check_output(operation.output.kind, *operation.output.sizes())
         operation = operation.under(token.scope.minimum_group or 0)
-        cost = operation.cost(decoded)
+        views = {
+            name: self._derived.view(value, token)
+            for name, value in decoded.items()
+            if isinstance(operation.inputs[name], Derived)
+        }
         return _Admitted(
             invocation,
             operation,
-            decoded,
+            decoded | views,
             ReserveRequest(request.token, request.invocation, binding, arguments, cost),
         )
 
@@ -192,8 +200,17 @@ class Server:
         if use.operation.seeded:
             with derive(self._seeds, Label.OPERATION_SEED, use.invocation.id, use.operation.digest) as seed:
                 given["seed"] = bytes(seed.expose())
-        with self._view.lent() as view:
-            return use.operation.run(view, use.decoded, **given)
+        with contextlib.ExitStack() as lending:
+            view = lending.enter_context(self._view.lent())
+            # Of a derived asset too the operation gets a view for this invocation only.
+            decoded = {
+                name: lending.enter_context(value.lent()) if isinstance(value, View) else value
+                for name, value in use.decoded.items()
+            }
+            result = use.operation.run(view, decoded, **given)
+            if isinstance(use.operation.output, Derived):
+                return self._derived.seal(use.invocation, result)
+            return result
 
 
 def peer_pid(channel: Channel) -> int:
