@@ -212,7 +212,7 @@ def _persist(
     """
     where, deadline = Address.parse(address), time.monotonic() + timeout
     for number in range(attempts):
-        last = number + 1 == attempts
+        last = number + 1 == attempts or time.monotonic() >= deadline
         try:
             status, answered = _exchange(where, deadline, method, path, body, most)
             refused = _refusal(answered) if status in (429, 503) else None
