@@ -198,8 +198,19 @@ def test_a_flat_view_of_bytes_is_not_copied() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpu", "suite"), [("flags : fpu aes avx2", Suite.AEGIS_256), ("flags : fpu", Suite.CHACHA20_POLY1305)]
+    ("cpu", "suite", "fastest"),
+    [
+        ("fpu aes avx2", Suite.AEGIS_256, Suite.AEGIS_256),
+        ("fpu aes avx2 vaes vpclmulqdq", Suite.AEGIS_256, Suite.AEGIS_256),
+        ("fpu aes avx2 vaes vpclmulqdq avx512f", Suite.AEGIS_256, Suite.AES_256_GCM),
+        ("fpu", Suite.CHACHA20_POLY1305, Suite.CHACHA20_POLY1305),
+    ],
 )
-def test_preferred_suite_follows_the_cpu(monkeypatch: pytest.MonkeyPatch, cpu: str, suite: Suite) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: cpu)
+def test_preferred_and_fastest_suite_follow_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, cpu: str, suite: Suite, fastest: Suite
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags : {cpu}")
+    aead.preferred_suite.cache_clear()
     assert aead.preferred_suite.__wrapped__() is suite
+    assert aead.fastest_suite.__wrapped__() is fastest
+    aead.preferred_suite.cache_clear()

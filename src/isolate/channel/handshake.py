@@ -40,7 +40,7 @@ from isolate.channel.peers import (
 from isolate.channel.record import HEADER, HEADER_SIZE, Kind, Opener, RekeyLimits, Sealer
 from isolate.channel.standing import Standing
 from isolate.crypto import cbor
-from isolate.crypto.aead import Pin, Suite, preferred_suite
+from isolate.crypto.aead import Pin, Suite, fastest_suite
 from isolate.crypto.exchange import CurveKey
 from isolate.crypto.kdf import Label, derive
 from isolate.errors import HandshakeRefused, IsolateError, MalformedError, RecordRefused, UsageError
@@ -188,7 +188,7 @@ class Handshake:
         self._identity, self._expect, self._profile, self._purpose = identity, expect, profile, purpose
         self._static = CurveKey.generate() if isinstance(identity, Holder) else identity.curve
         self.initiator = initiator
-        self._suites = tuple(suites) or (preferred_suite(), *Suite)
+        self._suites = tuple(suites) or (fastest_suite(), *Suite)
         self._rekey = rekey
         self._ephemeral = ephemeral
         self._salt = secrets.token_bytes(32) if salt is None else salt

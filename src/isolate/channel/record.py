@@ -55,6 +55,7 @@ class Kind(IntEnum):
 
 # The same header in two words: the first is the kind and three zeros.
 _WORDS = struct.Struct(">II")
+_write, _read = _WORDS.pack_into, _WORDS.unpack_from
 _REKEY = Kind.REKEY
 _KINDS = {kind << 24: kind for kind in Kind}
 
@@ -157,7 +158,7 @@ class Sealer(_Direction):
         self.sequence = sequence + 1
         self.records_left -= 1
         self.bytes_left -= size
-        _WORDS.pack_into(pin.raw, 0, kind << 24, size)
+        _write(pin.raw, 0, kind << 24, size)
         self._lane.seal(sequence, pin, plaintext)
         return pin.view[:end]
 
@@ -186,7 +187,7 @@ class Opener(_Direction):
     @staticmethod
     def parse(raw: bytearray | bytes, at: int) -> tuple[Kind, int]:
         """Kind and bytes of plaintext of the header at ``at``, not yet authenticated. Raises RecordRefused."""
-        word, size = _WORDS.unpack_from(raw, at)
+        word, size = _read(raw, at)
         kind = _KINDS.get(word)
         if kind is None or size > PART_SIZE:
             raise RecordRefused("a record's header is malformed")

@@ -61,14 +61,29 @@ class Suite(IntEnum):
         return {1: "AEGIS-256", 2: "AES-256-GCM", 3: "ChaCha20-Poly1305"}[self.value]
 
 
+def _cpu_features() -> set[str] | None:
+    try:
+        return set(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split())
+    except OSError:
+        return None
+
+
 @cache
 def preferred_suite() -> Suite:
     """AEGIS-256 where the CPU has AES instructions, ChaCha20-Poly1305 where it has none."""
-    try:
-        words = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
-    except OSError:
+    words = _cpu_features()
+    if words is None:
         return Suite.AES_256_GCM
     return Suite.AEGIS_256 if "aes" in words else Suite.CHACHA20_POLY1305
+
+
+@cache
+def fastest_suite() -> Suite:
+    """For counted nonces and keys that live an hour: AES-256-GCM where AVX-512 has AES in it, else the preferred one.
+
+    OpenSSL then takes four blocks an instruction (13.6 GB/s, docs/adr/0012), libsodium's AEGIS-256 one (7.7 GB/s).
+    """
+    return Suite.AES_256_GCM if {"vaes", "vpclmulqdq", "avx512f"} <= (_cpu_features() or set()) else preferred_suite()
 
 
 def as_bytes(buffer: Buffer, *, writable: bool = False) -> memoryview:
@@ -127,7 +142,7 @@ class Cipher:
     any other overlap gives garbage.
     """
 
-    __slots__ = ("_aead", "_key", "nonce_size", "suite", "tag_size")
+    __slots__ = ("_key", "nonce_size", "openssl", "suite", "tag_size")
 
     def __init__(self, suite: Suite, key: Secret) -> None:
         if len(key) != KEY_SIZE:
@@ -136,11 +151,11 @@ class Cipher:
         self.nonce_size = suite.nonce_size
         self.tag_size = suite.tag_size
         self._key = Secret(key.expose())
-        self._aead: AESGCM | ChaCha20Poly1305 | None = None
+        self.openssl: AESGCM | ChaCha20Poly1305 | None = None
         if suite is Suite.AES_256_GCM:
-            self._aead = AESGCM(self._key.expose())
+            self.openssl = AESGCM(self._key.expose())
         elif suite is Suite.CHACHA20_POLY1305:
-            self._aead = ChaCha20Poly1305(self._key.expose())
+            self.openssl = ChaCha20Poly1305(self._key.expose())
 
     def __repr__(self) -> str:
         return f"Cipher({self.suite.title}, key hidden)"
@@ -148,14 +163,14 @@ class Cipher:
     def wipe(self) -> None:
         """Forget the key; a later call raises UsageError. An OpenSSL context keeps its own copy until freed."""
         self._key.wipe()
-        self._aead = None
+        self.openssl = None
 
     def seal_into(self, sealed: Buffer, plaintext: Buffer, nonce: Buffer, data: bytes = b"") -> None:
         """Encrypt ``plaintext`` into ``sealed``, which is tag_size bytes longer. The two may start together."""
         source, target = as_bytes(plaintext), as_bytes(sealed, writable=True)
         self._check(len(source), len(target), nonce)
-        if self._aead is not None:
-            self._aead.encrypt_into(as_bytes(nonce), source, data, target)
+        if self.openssl is not None:
+            self.openssl.encrypt_into(as_bytes(nonce), source, data, target)
             return
         key = self._key.expose()
         if _SODIUM is None:
@@ -174,9 +189,9 @@ class Cipher:
         """
         source, target = as_bytes(sealed), as_bytes(plaintext, writable=True)
         self._check(len(target), len(source), nonce)
-        if self._aead is not None:
+        if self.openssl is not None:
             try:
-                self._aead.decrypt_into(as_bytes(nonce), source, data, target)
+                self.openssl.decrypt_into(as_bytes(nonce), source, data, target)
             except InvalidTag:
                 wipe(target)
                 return False
@@ -227,12 +242,13 @@ class Cipher:
 class Pin:
     """A buffer that stays where it is, so that its address is taken once. Released when no lane uses it."""
 
-    __slots__ = ("body", "pointer", "raw", "size", "view")
+    __slots__ = ("body", "head", "pointer", "raw", "size", "view")
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.raw = bytearray(size)
         self.view = memoryview(self.raw)
+        self.head = self.view[: Lane.HEAD]
         self.pointer: Any = None if _SODIUM is None else _SODIUM[0].from_buffer(self.raw)
         self.body: Any = None if self.pointer is None or size < Lane.HEAD else self.pointer + Lane.HEAD
 
@@ -271,8 +287,10 @@ class Lane:
             self._key = Pin(KEY_SIZE)
             self._key.raw[:] = key.expose()
             self.seal, self.open = _sodium_lane(self._key, self._nonce)
-        else:
+        elif suite is Suite.AEGIS_256:
             self.seal, self.open = self._seal_slowly, self._open_slowly
+        else:
+            self.seal, self.open = _openssl_lane(self._aead.openssl, self._nonce)
 
     def __repr__(self) -> str:
         return f"Lane({self.suite.title}, key hidden)"
@@ -295,6 +313,34 @@ class Lane:
         begin = at + self.HEAD
         sealed = pin.view[begin : begin + len(target) + self.tag_size]
         return self._aead.open_into(target, sealed, self._nonce.raw, bytes(pin.view[at:begin]))
+
+
+def _openssl_lane(aead: Any, nonce: Pin) -> tuple[Callable[..., None], Callable[..., bool]]:
+    """AES-256-GCM or ChaCha20-Poly1305, into and out of a pin without a copy."""
+    encrypt, decrypt, pack, counter = aead.encrypt_into, aead.decrypt_into, _NUMBER.pack_into, nonce.raw
+    place, tag, head = nonce.size - 8, Suite.AES_256_GCM.tag_size, Lane.HEAD
+
+    def seal(number: int, pin: Pin, source: memoryview) -> None:
+        pack(counter, place, number)
+        end = head + len(source) + tag
+        if end > pin.size:
+            raise UsageError("the record does not fit into its buffer")
+        encrypt(counter, source, pin.head, pin.view[head:end])
+
+    def open_(number: int, pin: Pin, at: int, target: memoryview) -> bool:
+        pack(counter, place, number)
+        begin = at + head
+        end = begin + len(target) + tag
+        if end > pin.size or target.readonly:
+            raise UsageError("the record does not fit into its buffers")
+        try:
+            decrypt(counter, pin.view[begin:end], pin.view[at:begin] if at else pin.head, target)
+        except InvalidTag:
+            wipe(target)
+            return False
+        return True
+
+    return seal, open_
 
 
 def _sodium_lane(key: Pin, nonce: Pin) -> tuple[Callable[..., None], Callable[..., bool]]:
