@@ -128,6 +128,8 @@ def test_a_reference_is_no_right(realm: Any, serve: Callable[[], Server]) -> Non
     narrowed = token.attenuate(team.key, Scope(), analyst.public)
     sibling = token.attenuate(team.key, Scope(), other.public)
     child = analyst.ask(server, narrowed, finetune, add=1).value
+    # From here on it is open in this enclave, and in the other one it is not.
+    assert analyst.ask(server, narrowed, total, model=child).value == 14
     used = len(realm.entries("use"))
     for enclave in (server, serve()):
         for person, held in ((team, token), (other, sibling)):
@@ -182,6 +184,9 @@ def test_an_enclave_derives_only_in_a_use_of_its_own_that_is_under_way(realm: An
     facts = sealed.public_facts(foreign)
     request = DeriveRequest(numbers[0], name, facts.header, facts.directory)
     assert realm.code(lambda: one._ask("derive", request, Registered)) == "unauthenticated_origin"
+    realm.rule("a/b")
+    assert code(one, name, numbers[0]) == "rule_denied"
+    realm.rule("a/b", readers=("reader",))
     assert derive(one, name, numbers[0]).asset == name
     assert code(one, name, numbers[0]) == "rolled_back"  # one use makes one asset
     one.settle(SettleRequest(numbers[1], 256, ""), numbers[1])
