@@ -1,4 +1,4 @@
-"""Sealed files against plain files, safetensors and (where it is installed) tensorizer with encryption.
+"""Sealed files against plain files, safetensors and (where they are) tensorizer with encryption, and a GPU.
 
 One run, 1 GiB in eight tensors, everything in the page cache. Figures named ``a_vs_b`` are ratios of throughput:
 above 1 is faster than b. Both sides of a ratio use the same number of threads and fresh memory.
@@ -82,6 +82,9 @@ class _Bench:
         if find_spec("tensorizer") is not None:
             work["tensorizer"] = self.tensorizer()
             ratios["open_vs_tensorizer_encrypted"] = ("open", "tensorizer")
+        if _has_gpu():
+            work["gpu"], work["safetensors_gpu"] = self.open_to_gpu, self.open_safetensors_to_gpu
+            ratios["open_to_gpu_vs_safetensors"] = ("gpu", "safetensors_gpu")
         return {name: lambda one=one: self._rate(one) for name, one in work.items()}, ratios  # type: ignore[misc]
 
     def _rate(self, work: Callable[[], object]) -> float:
@@ -110,6 +113,18 @@ class _Bench:
         """With numpy, get_tensor copies out of the mapping: nothing is left unread."""
         with import_module("safetensors").safe_open(self.theirs, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+    def open_to_gpu(self) -> object:
+        """Verified and decrypted, through pinned buffers, until the last byte is there."""
+        how = {"signed_by": self.owner.verifying_key, "threads": self.threads}
+        kept = sealed.load_file(self.sealed, identity=self.identity, framework="pt", device="cuda", **how)
+        import_module("torch").cuda.synchronize()
+        return kept
+
+    def open_safetensors_to_gpu(self) -> object:
+        kept = import_module("safetensors.torch").load_file(self.theirs, device="cuda")
+        import_module("torch").cuda.synchronize()
+        return kept
 
     def readinto(self) -> object:
         """The floor: the same bytes of a plain file into fresh memory, and nothing else."""
@@ -155,6 +170,10 @@ class _Bench:
         peak = _status("VmHWM") - before
         del kept
         return round(peak / self.size, 4)
+
+
+def _has_gpu() -> bool:
+    return find_spec("torch") is not None and bool(import_module("torch").cuda.is_available())
 
 
 def _status(field: str) -> int:
