@@ -116,7 +116,7 @@ class _Bench:
 
     def open_to_gpu(self) -> object:
         """Verified and decrypted, through pinned buffers, until the last byte is there."""
-        how = {"signed_by": self.owner.verifying_key, "threads": self.threads}
+        how: dict[str, Any] = {"signed_by": self.owner.verifying_key, "threads": self.threads}
         kept = sealed.load_file(self.sealed, identity=self.identity, framework="pt", device="cuda", **how)
         import_module("torch").cuda.synchronize()
         return kept
