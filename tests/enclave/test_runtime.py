@@ -20,9 +20,9 @@ from isolate.crypto.signing import SigningKey
 from isolate.enclave.operations import Aggregates, Array, Count, Integer, Label, Rows, Text, Vector, operation
 from isolate.enclave.runtime import MAX_CLIENTS, Server
 from isolate.errors import CapabilityRefused, ChannelClosed, ChannelTruncated, HandshakeRefused, ServiceUnavailable
-from isolate.messages.base import MAX_MESSAGE, Answer, Signed
+from isolate.messages.base import MAX_MESSAGE, Answer, Refusal, Signed
 from isolate.messages.invoke import Invoke, Receipt, Reply, Reservation, SettleRequest
-from isolate.messages.owner import Revoke
+from isolate.messages.owner import ExplainRequest, Explanation, Revoke
 
 BINDING = b"b" * 32
 CANARY = "canary-1234567890"
@@ -465,3 +465,22 @@ def test_silent_and_refused_clients_keep_nobody_else_out(
     patience.set()
     thread.join(20)
     assert all(one.closed for one in silent)
+
+
+def test_a_refusal_by_the_service_can_be_explained_by_its_number(realm: Any, server: Server) -> None:
+    client = Client(realm, uses=0)
+    reply = client.ask(server, echo, {"number": 1})
+    assert reply.code == "budget_exhausted"
+    found: Explanation = realm.tell("explain", ExplainRequest(reply.request_id), Explanation)
+    assert (found.code, found.route) == ("budget_exhausted", "reserve")
+    # What a courier writes there changes no length, and is no number.
+    real = realm.serve
+
+    def lie(route: str, body: bytes) -> tuple[int, bytes]:
+        status, answer = real(route, body)
+        if status == 200:
+            return status, answer
+        return status, Refusal("budget_exhausted", "", "", "f" * 64).encode()
+
+    realm.courier = lie
+    assert "f" * 17 not in client.ask(server, echo, {"number": 1}).request_id

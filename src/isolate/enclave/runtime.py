@@ -142,7 +142,9 @@ class Server:
                 size = self._operations[claimed.operation].reply_size
             return self._use(self._admit(request, claimed, binding, replay), request_id)
         except IsolateError as error:
-            code = error.code
+            # Of a refusal by the service the client is told the service's number: its owner can explain that.
+            code, told = error.code, error.request_id or ""
+            request_id = told if len(told) == len(request_id) and told.isascii() else request_id
         except Exception:  # noqa: BLE001 (the boundary: an exception carries data)
             code = "operation_failed"
         self._workload.report("invocation_refused", code=code, request_id=request_id)
@@ -150,7 +152,8 @@ class Server:
 
     def _admit(self, request: Invoke, claimed: Invocation, binding: bytes, replay: ReplayGuard) -> _Admitted:
         owner = self._workload.configuration.owner.ed25519
-        token = verify(request.token, owner, now=self._workload.now(), cache=self._chains)  # 1
+        epoch = self._workload.certificate.epoch
+        token = verify(request.token, owner, now=self._workload.now(), epoch=epoch, cache=self._chains)  # 1
         if token.asset != self._asset:
             raise ScopeExceeded("this token is for another asset")
         token.scope.require_enforced(ENFORCED)
