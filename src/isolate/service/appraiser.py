@@ -45,6 +45,7 @@ class Appraiser:
         self._state = state
         self._log = log
         self._nonces = Secret.generate(32)
+        self._opened: tuple[bytes, Policy] | None = None
 
     def policy(self) -> Policy:
         """The policy in force. Raises AppraisalRefused when the owner has given none."""
@@ -52,7 +53,11 @@ class Appraiser:
             row = database.execute("SELECT signed FROM policy ORDER BY sequence DESC LIMIT 1").fetchone()
         if row is None or not row[0]:  # a recovery leaves the sequence, and takes the policy out of force
             raise AppraisalRefused("the owner has set no policy", code="no_policy")
-        return SignedPolicy.open(bytes(row[0]), signed_by=self._state.owner).policy
+        signed = bytes(row[0])
+        # Verified once for each that comes into force: it is looked up anew, by its bytes, for every request.
+        if self._opened is None or self._opened[0] != signed:
+            self._opened = (signed, SignedPolicy.open(signed, signed_by=self._state.owner).policy)
+        return self._opened[1]
 
     def set_policy(self, update: PolicyUpdate) -> Done:
         """Put a policy into force. Raises RefusedError for a sequence that is not higher, or another lineage."""
