@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import structlog.testing
+from attrs import evolve
 
 from isolate.capability.scope import Choices, Range
 from isolate.capability.token import Token
 from isolate.cli import main
-from isolate.client.handle import HandleFile
+from isolate.client.handle import HandleFile, attach
 from isolate.client.signers import AgentSigner
 from isolate.crypto.signing import Purpose, SigningKey
 from isolate.errors import RefusedError
@@ -164,7 +165,7 @@ def test_invoking(shop: Shop) -> None:
     ]  # fmt: skip
     for value, said in (
         (b"\x01\xff", "01ff"),
-        ("a\x1b[2Jb\nc", "a?[2Jb\nc"),
+        ("a\x1b[2Jb\nc", "a?[2Jb?c"),
         ([1, {"k": b"z"}], '[1, {"k": "7a"}]'),
     ):
         shop.house.answer = lambda _, value=value: Reply("", value, "id")
@@ -217,6 +218,18 @@ def test_showing_a_handle(shop: Shop) -> None:
     Path("forged.handle").write_text(text)
     assert "capability_refused" in shop.run("handle show forged.handle")
     assert "expired" in shop.run(f"handle show {expired(shop)}")
+
+
+@pytest.mark.threat("HND-12")
+def test_a_handle_file_moves_no_cursor(shop: Shop) -> None:
+    shop.grant("--uses 1 --bytes-out 1 --parameter op.what=\x1b]0;title\x07")
+    file = HandleFile.load("team.handle")
+    Path("odd.handle").write_text(evolve(file, job="\x1b[2Jj", lineage="a\nb").to_text())
+    said = shop.run("handle show odd.handle")
+    assert "\x1b" not in said and "?[2Jj" in said and "a?b" in said
+    Path("more.handle").write_text(file.to_text() + '"\\u001b[2J" = 1\n')
+    assert "\x1b" not in shop.run("handle show more.handle", status=2)
+    assert "\x1b" not in repr(file) + repr(attach(file, signer=shop.team))
 
 
 def expired(shop: Shop) -> str:

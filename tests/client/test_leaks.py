@@ -29,7 +29,7 @@ from isolate import channel
 from isolate.client.aio import attach as attach_async
 from isolate.client.handle import HandleFile, attach
 from isolate.client.signers import AgentSigner, FileSigner
-from isolate.crypto.signing import SigningKey
+from isolate.crypto.signing import Purpose, SigningKey
 from isolate.errors import HandshakeRefused, IsolateError, KeyFormatError, UsageError
 from isolate.messages.base import Answer, Signed
 from isolate.messages.invoke import Budget, Reply
@@ -166,6 +166,15 @@ def test_a_notebook_shows_scope_and_no_key(kind: str, things: dict[str, Any], ke
     said = Notebook().show(things[kind])
     assert "a/b" in said and "at most 9 uses" in said
     assert not shows(said, key) and "isolate-token-" not in said
+
+
+def test_a_key_without_its_seed_signs_and_is_not_saved(path: Path, key: SigningKey, tmp_path: Path) -> None:
+    loaded = SigningKey.load(path)
+    loaded.forget_seed()
+    assert loaded.sign(Purpose.BLOCK, b"m") == key.sign(Purpose.BLOCK, b"m")
+    with pytest.raises(UsageError):
+        loaded.save(tmp_path / "again.key")
+    assert not (tmp_path / "again.key").exists()
 
 
 # Tracebacks

@@ -49,10 +49,13 @@ if __name__ == "__main__":
         if context.get_start_method() == "fork":
             said["inherited"] = pool.map(inherited, [4, 5])
     if context.get_start_method() == "fork":
-        HANDLE._turn.acquire()
+        locks = [HANDLE._turn] + ([signer._turn] if HANDLE._signer is signer else [])
+        for lock in locks:
+            lock.acquire()
         with context.Pool(1) as pool:
-            said["held"] = pool.apply_async(held).get(20)
-        HANDLE._turn.release()
+            said["held"] = pool.apply_async(held).get(10)
+        for lock in locks:
+            lock.release()
     said["after"] = HANDLE.invoke("op", number=6)
     print(json.dumps(said))
 """

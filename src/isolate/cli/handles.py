@@ -20,6 +20,7 @@ from isolate.cli import limits
 from isolate.client.handle import Handle, HandleFile, attach
 from isolate.client.owner import Owner
 from isolate.client.shown import limits as shown_limits
+from isolate.client.shown import plain
 from isolate.client.signers import open_signer
 from isolate.crypto.signing import SigningKey, VerifyingKey
 from isolate.errors import CapabilityRefused, UsageError
@@ -113,7 +114,7 @@ def invoke(file: str, operation: str, arguments: tuple[str, ...], signer: str, a
     if as_json:
         click.echo(json.dumps({"operation": operation, "result": result}))
     else:
-        click.echo(_printable(result) if isinstance(result, str) else json.dumps(result))
+        click.echo(plain(result) if isinstance(result, str) else json.dumps(result))
 
 
 def _plain(value: Any) -> Any:
@@ -125,11 +126,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(name): _plain(one) for name, one in value.items()}
     return value
-
-
-def _printable(text: str) -> str:
-    """A text for a terminal: what would move its cursor is replaced."""
-    return "".join(one if one.isprintable() or one in "\n\t" else "?" for one in text)
 
 
 @click.command("revoke")
@@ -188,7 +184,7 @@ def show(file: str, signer: str | None, as_json: bool) -> None:
             for said in value if isinstance(value, list) else [f"{left} {key}" for key, left in value.items()]:
                 click.echo(f"{'limit' if name == 'limits' else 'left':<12} {said}")
         else:
-            click.echo(f"{name.replace('_', ' '):<12} {value}")
+            click.echo(f"{name.replace('_', ' '):<12} {plain(str(value))}")
 
 
 def _facts(file: HandleFile, token: Token) -> dict[str, Any]:

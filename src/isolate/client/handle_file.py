@@ -51,7 +51,7 @@ class HandleFile:
             if type(fields.get(name)) is not kind:
                 raise UsageError(f"{name} in a handle file is missing, or is no {kind.__name__}")
         if unknown := set(fields) - set(_FIELDS):
-            raise UsageError(f"a handle file has no {', '.join(sorted(unknown))}")
+            raise UsageError(f"a handle file has no {', '.join(map(repr, sorted(unknown)))}")
         return cls(**fields)
 
     @classmethod

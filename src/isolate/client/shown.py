@@ -91,7 +91,16 @@ def constraint_text(constraint: Constraint) -> str:
     """As `isolate grant --parameter` takes it after the equals sign."""
     if isinstance(constraint, Range):
         return f"{constraint.least}..{constraint.most}"
-    return ",".join(sorted(map(str, constraint.values))) or "nothing"
+    return ",".join(sorted(plain(str(one)) for one in constraint.values)) or "nothing"
+
+
+def plain(said: str) -> str:
+    """A text of somebody else's for a terminal: what would move its cursor is replaced.
+
+    >>> plain("a\x1b[2Jb")
+    'a?[2Jb'
+    """
+    return "".join(one if one.isprintable() else "?" for one in said)
 
 
 def text(kind: str, asset: str, scope: Scope, seen: Seen | None, *, now: float) -> str:
