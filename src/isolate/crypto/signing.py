@@ -69,6 +69,7 @@ class Purpose(StrEnum):
     APPROVAL = "owner/approval"
     GROUP_APPROVAL = "owner/group-approval"
     RECEIPT = "capability/receipt"
+    CHECKPOINT_OFFER = "checkpoint/offer"
 
 
 def _framed(purpose: Purpose, message: bytes) -> bytes:

@@ -276,7 +276,10 @@ class Workload:
         metadata: Mapping[str, str] | None = None,
     ) -> Registered:
         """Seal tensors as the next epoch of an asset, and register them. ``epoch`` is higher than the last."""
-        facts = self._seal(asset, tensors, epoch, metadata)
+        return self.register(asset, self._seal(asset, tensors, epoch, metadata))
+
+    def register(self, asset: str, facts: PublicFacts) -> Registered:
+        """Register a file that this enclave sealed as the next epoch of an asset. Raises the service's refusal."""
         return self._ask("register", RegisterRequest(asset, facts.header, facts.directory), Registered)[0]
 
     def derive(
