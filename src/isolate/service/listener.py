@@ -164,6 +164,12 @@ class Listener(uvicorn.Server):
         await super().startup(sockets)
         self._ready(self._listening())
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)
+
     def _listening(self) -> str:
         address = self._address
         if address.kind == "unix":
