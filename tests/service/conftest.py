@@ -335,6 +335,11 @@ class Till:
 
 
 @pytest.fixture
+def till_type() -> type[Till]:
+    return Till
+
+
+@pytest.fixture
 def till(realm: Realm) -> Till:
     """A till on a realm with one asset, ``a/b``."""
     realm.asset()
