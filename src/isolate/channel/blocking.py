@@ -81,8 +81,6 @@ class Channel:
     def send(self, data: Buffer) -> None:
         """Send one message: bytes, a memoryview, a numpy array, a torch CPU tensor (C-contiguous)."""
         view, end = flat(data), self._end
-        # Before the lock too: in a forked child a thread that is not there may hold it.
-        end.check_open()
         try:
             with end.sending:
                 record = end.single(view)
@@ -122,9 +120,10 @@ class Channel:
 
     def _receive(self, target: memoryview | None) -> int | bytearray:
         end, wire = self._end, self._wire
-        end.check_open()
         try:
             with end.receiving:
+                if end.over:
+                    end.check_open()
                 standing = end.standing
                 if standing.renews:
                     self._show_again()

@@ -40,7 +40,7 @@ _DATA = int(Kind.DATA)
 def flat(data: Any) -> memoryview:
     """A view in bytes of a buffer or a torch CPU tensor. Raises UsageError for anything else."""
     try:
-        view = memoryview(data)
+        view = data if type(data) is memoryview else memoryview(data)
     except TypeError:
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(data, torch.Tensor):
@@ -54,10 +54,11 @@ def flat(data: Any) -> memoryview:
 class Inbox:
     """Bytes that came in and are not yet opened, contiguous. Grows once, to the size of the largest record."""
 
-    __slots__ = ("end", "pin", "start")
+    __slots__ = ("end", "first", "pin", "start")
 
     def __init__(self) -> None:
         self.pin = Pin(2 * SMALL)
+        self.first = self.pin.view[:SMALL]  # where reading begins, when nothing is there and little is needed
         self.start = self.end = 0
 
     def __len__(self) -> int:
@@ -71,7 +72,7 @@ class Inbox:
             pin = self.pin if have + room <= self.pin.size else Pin(PART_SIZE + 2 * SMALL)
             # What was read ahead, at most SMALL bytes.
             pin.view[:have] = self.pin.view[self.start : self.end]
-            self.pin, self.start, self.end = pin, 0, have
+            self.pin, self.first, self.start, self.end = pin, pin.view[:SMALL], 0, have
         return self.pin.view[self.end : self.end + room]
 
     def added(self, count: int) -> None:
@@ -175,17 +176,10 @@ class Endpoint:
     def single(self, data: memoryview) -> memoryview | None:
         """The one record of a message when one is all that it takes; None when there is anything else to do."""
         size, sealer, standing = len(data), self._sealer, self.standing
-        now = standing.clock()
-        if (
-            size > PART_SIZE
-            or now >= standing.due
-            or now >= sealer.until
-            or size > sealer.bytes_left
-            or sealer.records_left <= 1
-            or self.over
-        ):
+        if self.over or size > PART_SIZE or size > sealer.bytes_left or sealer.records_left <= 1:
             return None
-        return sealer.seal(_DATA, data)
+        now = standing.clock()
+        return sealer.seal(_DATA, data) if now < standing.due and now < sealer.until else None
 
     def outgoing(self, data: memoryview) -> Iterator[memoryview]:
         """The records of any message."""
@@ -241,7 +235,9 @@ class Endpoint:
                     inbox.drop(total)
                     return self._hand_over(target)
                 self.message = size
-                self._open(kind, target if len(target) == size else target[:size])
+                if self.over:
+                    self.check_open()
+                opener.open(inbox.pin, inbox.start, kind, target if len(target) == size else target[:size])
                 inbox.drop(total)
                 return 0
             self._check_place(kind, size)
