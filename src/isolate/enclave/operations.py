@@ -30,6 +30,7 @@ from isolate.enclave.values import (
     Derived,
     Input,
     Integer,
+    Joined,
     Label,
     Output,
     Scalar,
@@ -48,6 +49,7 @@ __all__ = [
     "Derived",
     "Input",
     "Integer",
+    "Joined",
     "Label",
     "Mean",
     "Operation",
@@ -140,6 +142,8 @@ def operation(
     def make(function: Callable[..., Any]) -> Operation:
         if seeded and "seed" in inputs:
             raise UsageError("a seeded operation gets its seed from the enclave, and from nobody else")
+        if isinstance(output, Derived) and any(isinstance(kind, Joined) for kind in inputs.values()):
+            raise UsageError("what is made of several assets would hang on one handle only")
         schema = [{name: kind.schema() for name, kind in inputs.items()}, output.schema()]
         body = cbor.encode(
             [function.__name__, version, schema, _source(function), seeded, "" if price is None else _source(price)]

@@ -11,6 +11,7 @@ Every invocation passes, in this order:
 4. the operation is registered here, under the very digest that the scope names, its arguments are of their types
    and in range, and the scope allows its type of output and can have its minimum group;
 5. the service has durably reserved this use, at its worst case in bytes, and says so in a signed reservation;
+   where other assets are joined to this one, under a handle on each of them too, which passed 1 to 4 likewise;
 6. the result is of the operation's declared, closed type;
 7. the service has settled the use, and found no handle of the chain revoked meanwhile, and says so in a signed
    receipt for this very size and code.
@@ -43,11 +44,11 @@ from isolate.crypto import cbor
 from isolate.crypto.kdf import Label, derive
 from isolate.crypto.secret import Secret
 from isolate.enclave.derived import Derivations
-from isolate.enclave.operations import Derived, Operation
+from isolate.enclave.operations import Derived, Joined, Operation
 from isolate.enclave.replies import fit
 from isolate.enclave.view import View
 from isolate.enclave.workload import Workload
-from isolate.errors import CapabilityRefused, ChannelClosed, IsolateError, ScopeExceeded
+from isolate.errors import CapabilityRefused, ChannelClosed, HolderRefused, IsolateError, ScopeExceeded, UsageError
 from isolate.messages.base import MAX_MESSAGE
 from isolate.messages.invoke import BUCKET, ENFORCED, Invoke, ReserveRequest, SettleRequest
 
@@ -63,19 +64,23 @@ IDLE = 60.0  # seconds for a handshake, and between two requests
 
 @frozen
 class _Admitted:
-    """A use that passed checks 1 to 4; what it would cost is not yet reserved."""
+    """A use that passed checks 1 to 4; what it would cost is not yet reserved.
+
+    ``reserved``: what to reserve for each of its handles, by the id of the invocation; its own is the last.
+    """
 
     invocation: VerifiedInvocation
     operation: Operation
     decoded: dict[str, Any]
-    request: ReserveRequest
+    reserved: dict[bytes, ReserveRequest]
 
 
 class Server:
     """The operations of one enclave on one asset. ``view`` maps tensor names to arrays, read-only to operations.
 
-    ``minimum_group``: distinct entities behind every aggregate, by the wish of whoever owns the asset. 0 is no such
-    wish, and leaves it to operations and tokens.
+    ``minimum_group``: distinct entities behind every aggregate, by the wish of whoever owns the asset, or of the
+    strictest where there are several. 0 is no such wish, and leaves it to operations and tokens. ``joined``: other
+    assets, by name, that operations take as arguments of type Joined.
     """
 
     def __init__(
@@ -86,11 +91,17 @@ class Server:
         operations: Sequence[Operation],
         *,
         minimum_group: int = 0,
+        joined: Mapping[str, Mapping[str, np.ndarray[Any, Any]]] | None = None,
     ) -> None:
         self._workload = workload
         self._asset = asset
         self._view = View(view)
+        self._joined = {name: View(tensors) for name, tensors in (joined or {}).items()}
         self._operations = {operation.name: operation.under(minimum_group) for operation in operations}
+        inputs = [kind for operation in operations for kind in operation.inputs.values()]
+        named = {kind.asset for kind in inputs if isinstance(kind, Joined)}
+        if missing := named - self._joined.keys():
+            raise UsageError(f"operations join assets that are not here: {', '.join(sorted(missing))}")
         self._chains = ChainCache()
         self._seeds = Secret.generate(32)
         self._derived = Derivations(workload, asset)
@@ -151,40 +162,58 @@ class Server:
         return fit(code, None, request_id, size)
 
     def _admit(self, request: Invoke, claimed: Invocation, binding: bytes, replay: ReplayGuard) -> _Admitted:
-        owner = self._workload.configuration.owner.ed25519
-        epoch = self._workload.certificate.epoch
-        token = verify(request.token, owner, now=self._workload.now(), epoch=epoch, cache=self._chains)  # 1
-        if token.asset != self._asset:
-            raise ScopeExceeded("this token is for another asset")
-        token.scope.require_enforced(ENFORCED)
-        arguments = hash_arguments(cbor.encode(request.arguments))
-        invocation = verify_invocation(claimed, token, channel_binding=binding, argument_hash=arguments)  # 2
+        hashed = hash_arguments(cbor.encode(request.arguments))
+        invocation = self._verified(request.token, claimed, self._asset, binding, hashed)  # 1, 2
         replay.admit(invocation)  # 3
         operation = self._operations.get(invocation.operation)  # 4
         if operation is None or operation.digest != invocation.operation_digest:
             raise CapabilityRefused("no such operation runs here", code="unknown_operation")
-        token.scope.check_arguments(operation.name, request.arguments)
         decoded = operation.decode(request.arguments)
         cost = operation.cost(decoded)
+        joined = {name: kind for name, kind in operation.inputs.items() if isinstance(kind, Joined)}
+        plain = {name: value for name, value in request.arguments.items() if name not in joined}
+        reserved, views = dict[bytes, ReserveRequest](), dict[str, View]()
+        for name, kind in sorted(joined.items()):
+            token, part = decoded[name]["token"], decoded[name]["invocation"]
+            bound = hash_arguments(cbor.encode(plain))
+            other = self._verified(token, Invocation.parse(part), kind.asset, binding, bound)
+            if (other.operation, other.operation_digest) != (operation.name, operation.digest):
+                raise HolderRefused("the joined handle was used for another operation")
+            replay.admit(other)
+            operation = self._limited(operation, other, plain)
+            reserved[other.id] = ReserveRequest(token, part, binding, bound, cost)
+            views[name] = self._joined[kind.asset]
+        operation = self._limited(operation, invocation, request.arguments)
+        for name in [name for name, kind in operation.inputs.items() if isinstance(kind, Derived)]:
+            views[name] = self._derived.view(decoded[name], invocation.token)
+        reserved[invocation.id] = ReserveRequest(request.token, request.invocation, binding, hashed, cost)
+        return _Admitted(invocation, operation, decoded | views, reserved)
+
+    def _verified(
+        self, token: bytes, claimed: Invocation, asset: str, binding: bytes, hashed: bytes
+    ) -> VerifiedInvocation:
+        """Checks 1 and 2, for one of the handles of a use."""
+        owner, epoch = self._workload.configuration.owner.ed25519, self._workload.certificate.epoch
+        verified = verify(token, owner, now=self._workload.now(), epoch=epoch, cache=self._chains)  # 1
+        if verified.asset != asset:
+            raise ScopeExceeded("this token is for another asset")
+        verified.scope.require_enforced(ENFORCED)
+        return verify_invocation(claimed, verified, channel_binding=binding, argument_hash=hashed)  # 2
+
+    @staticmethod
+    def _limited(operation: Operation, invocation: VerifiedInvocation, arguments: dict[str, Any]) -> Operation:
+        """What the scope of one of the handles says of arguments, output and groups: part of check 4."""
+        scope = invocation.token.scope
+        scope.check_arguments(operation.name, arguments)
         # The declared type is what counts, at its greatest: so that what is refused here says nothing of the data.
-        token.scope.check_output(operation.output.kind, *operation.output.sizes())
-        operation = operation.under(token.scope.minimum_group or 0)
-        views = {
-            name: self._derived.view(value, token)
-            for name, value in decoded.items()
-            if isinstance(operation.inputs[name], Derived)
-        }
-        return _Admitted(
-            invocation,
-            operation,
-            decoded | views,
-            ReserveRequest(request.token, request.invocation, binding, arguments, cost),
-        )
+        scope.check_output(operation.output.kind, *operation.output.sizes())
+        return operation.under(scope.minimum_group or 0)
 
     def _use(self, use: _Admitted, request_id: str) -> bytes:
         """Reserve, run, settle; then the reply, of a result or of a refusal that was charged as well."""
-        number, size = use.invocation.id, use.operation.reply_size
-        self._workload.reserve(use.request, number)  # 5
+        size = use.operation.reply_size
+        for number, request in use.reserved.items():  # 5
+            self._workload.reserve(request, number)
         try:
             code, reply = "", fit("", self._perform(use), request_id, size)  # 6
         except IsolateError as error:
@@ -192,7 +221,8 @@ class Server:
         except Exception:  # noqa: BLE001 (the boundary: an exception carries data)
             code = "operation_failed"
         # Nothing is given back: the reply is as long as was reserved, whatever is in it.
-        self._workload.settle(SettleRequest(number, use.request.bytes_out, code), number)  # 7
+        for number, request in use.reserved.items():  # 7
+            self._workload.settle(SettleRequest(number, request.bytes_out, code), number)
         if code:
             self._workload.report("invocation_refused", code=code, request_id=request_id)
             return fit(code, None, request_id, size)
@@ -205,7 +235,7 @@ class Server:
                 given["seed"] = bytes(seed.expose())
         with contextlib.ExitStack() as lending:
             view = lending.enter_context(self._view.lent())
-            # Of a derived asset too the operation gets a view for this invocation only.
+            # Of a derived or joined asset too the operation gets a view for this invocation only.
             decoded = {
                 name: lending.enter_context(value.lent()) if isinstance(value, View) else value
                 for name, value in use.decoded.items()

@@ -336,3 +336,24 @@ class Derived:
 
     def longest(self) -> dict[str, Any]:
         return {"asset": "x" * 128, "digest": bytes(32), "handle": bytes(32)}
+
+
+@frozen
+class Joined:
+    """Another asset, as an argument: a handle on it, used once, and the operation gets a View of its tensors.
+
+    On the wire a token on that asset and an invocation under it (docs/spec/operations.md, 7).
+    """
+
+    asset: str
+
+    def schema(self) -> list[Any]:
+        return ["joined", self.asset]
+
+    def decode(self, value: Any) -> dict[str, bytes]:
+        if type(value) is not dict or {name: type(part) for name, part in value.items()} != _JOINED:
+            raise _bad()
+        return value
+
+
+_JOINED = {"token": bytes, "invocation": bytes}
