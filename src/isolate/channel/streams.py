@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = 30.0  # seconds
 BACKLOG = 1024
-# Waking a process that sleeps costs 5 to 10 us of a round trip; a look costs 1. So a reader looks this often before it
+# Waking a process that sleeps costs 5 to 10 us of a round trip, a look 1. So a reader looks this often before it
 # sleeps, and after looks that were in vain it goes to sleep at once this many times.
 LOOKS = 20
 SLEEPS = 15
