@@ -170,6 +170,11 @@ def test_invoking(shop: Shop) -> None:
     ):
         shop.house.answer = lambda _, value=value: Reply("", value, "id")
         assert shop.run(invoke) == said + "\n"
+    made = {"asset": "a/b/derived/1", "digest": bytes(32), "handle": b"h" * 32}
+    shop.house.answer = lambda _: Reply("", made, "id")
+    Path("made.json").write_text(shop.run(invoke))
+    shop.house.answer = lambda request: Reply("", int(request.arguments["model"] == made), "id")
+    assert shop.run(f"{invoke} model=@made.json") == "1\n"
     shop.house.answer = lambda _: Reply("budget_exhausted", None, "request-1")
     assert shop.run(invoke, status=1).startswith("isolate: budget_exhausted: the enclave refused op")
     refused = json.loads(shop.run(f"{invoke} --json", status=1))
@@ -179,11 +184,17 @@ def test_invoking(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["image", "=3", "image=@none", "image=@odd.npy", "image=@objects.npy", "image=@long"]
-)
+    "text",
+    [
+        "image", "=3", "image=@none", "image=@odd.npy", "image=@objects.npy", "image=@long", "model=@x.json",
+        "model=@y.json",
+    ],
+)  # fmt: skip
 def test_an_argument_that_is_none(shop: Shop, text: str) -> None:
     shop.grant()
     Path("odd.npy").write_bytes(b"no array")
+    Path("x.json").write_text('{"asset": 1, "digest": "00", "handle": "00"}')
+    Path("y.json").write_text("[" * 100_000)
     np.save("objects.npy", np.array([print], dtype=object), allow_pickle=True)
     Path("long").write_bytes(bytes(2**20 + 1))
     shop.run(f"invoke team.handle --signer team.key op {text}", status=1 if text == "image=@none" else 2)
@@ -293,6 +304,34 @@ def test_another_process_of_the_same_user_does_not_read_the_agents_memory(key: S
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
     assert not (tmp_path / "agent").exists()
+
+
+LOOK = """
+import json, os, sys
+from isolate.cli import agent, main
+from isolate.enclave import boot
+
+load = agent._load
+
+def look(path):
+    print(json.dumps({"pid": os.getpid(), **boot.capabilities()}), flush=True)
+    return load(path)
+
+agent._load = look
+main(["agent", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.threat("HND-13")
+def test_an_agent_reads_the_key_when_it_is_hardened_and_in_a_child(key: SigningKey, tmp_path: Path) -> None:
+    key.save(tmp_path / "me.key")
+    command = [sys.executable, "-c", LOOK, "-i", "me.key", "--listen", f"unix:{tmp_path / 'agent'}"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        looked = json.loads(process.stdout.readline())
+        assert looked.pop("pid") != process.pid
+        assert looked and all(looked.values()), looked
+        process.terminate()
 
 
 def test_an_agent_takes_its_key_from_standard_input_and_ends_with_its_parent(

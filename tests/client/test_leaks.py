@@ -327,6 +327,14 @@ def test_after_a_use_a_handle_keeps_neither_argument_nor_answer(house: Any, key:
         found = list(blobs([handle]))
     assert not any(CANARY.encode() in blob or answer.encode() in blob or shows(blob, key) for blob in found)
 
+    async def use() -> list[bytes]:
+        async with await attach_async(handle.export(), signer=FileSigner(path)) as other:
+            assert await other.invoke("op", text=CANARY) == answer
+            return list(blobs([other._channel, other._token, other._signer, other._file]))
+
+    found = asyncio.run(use())
+    assert not any(CANARY.encode() in blob or answer.encode() in blob or shows(blob, key) for blob in found)
+
 
 SCAN = """
 import re, sys

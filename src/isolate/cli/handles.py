@@ -100,8 +100,9 @@ def delegate(
 def invoke(file: str, operation: str, arguments: tuple[str, ...], signer: str, as_json: bool) -> None:
     """Run one OPERATION of a handle in the enclave, and print its result.
 
-    A VALUE is a number, a text, @FILE (the array of an .npy file, else the file's bytes), or text:VALUE for a text
-    that looks like one of these. A refusal ends with exit status 1, and its code.
+    A VALUE is a number, a text, @FILE (the array of an .npy file, the reference to a derived asset in a .json file,
+    else the file's bytes), or text:VALUE for a text that looks like one of these. A refusal ends with
+    exit status 1, and its code.
     """
     values: dict[str, Any] = {}
     for text in arguments:

@@ -11,6 +11,7 @@ Range(least=1, most=5)
 from __future__ import annotations
 
 import io
+import json
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -148,7 +149,8 @@ def holder(text: str) -> bytes:
 
 
 def argument(text: str) -> Any:
-    """The value of an argument: a number, a text, ``@file`` (an array of .npy, else bytes), ``text:`` and a text.
+    """The value of an argument: a number, a text, ``@file`` (an array of .npy, a reference of
+    .json, else bytes), or ``text:`` and a text.
 
     >>> argument("3"), argument("left"), argument("text:3")
     (3, 'left', '3')
@@ -162,6 +164,18 @@ def argument(text: str) -> Any:
     return float(text) if _FLOAT.fullmatch(text) else text
 
 
+def _reference(path: Path, body: bytes) -> dict[str, Any]:
+    """A reference to a derived asset (docs/spec/operations.md, 6), as `isolate invoke` printed it."""
+    try:
+        found = json.loads(body)
+        digest, handle = bytes.fromhex(found["digest"]), bytes.fromhex(found["handle"])
+        if set(found) == {"asset", "digest", "handle"} and type(found["asset"]) is str:
+            return {"asset": found["asset"], "digest": digest, "handle": handle}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise UsageError(f"{path} holds no reference to a derived asset")
+
+
 def _from_file(path: Path) -> Any:
     try:
         with path.open("rb") as file:
@@ -170,6 +184,8 @@ def _from_file(path: Path) -> Any:
         raise StorageError(f"cannot read {path}: {error.strerror}") from None
     if len(body) > MAX_MESSAGE:
         raise UsageError(f"{path} is longer than the {MAX_MESSAGE} bytes that one request may have")
+    if path.suffix == ".json":
+        return _reference(path, body)
     if path.suffix != ".npy":
         return body
     try:

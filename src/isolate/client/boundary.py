@@ -83,11 +83,8 @@ class NotCopied:
     def _refuse(self, *_: object) -> NoReturn:
         raise UsageError(self.WHY, hint=self.INSTEAD)
 
-    # object's own __reduce_ex__ and __getstate__ are refused as well: each alone is a way round the other.
+    # __reduce_ex__ is object's, which asks these; __getstate__ alone would be a way round them.
     __copy__ = __deepcopy__ = __reduce__ = __getstate__ = __replace__ = _refuse
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        self._refuse()
 
 
 class Forks(Protocol):
