@@ -20,7 +20,10 @@ from isolate.errors import IsolateError, UsageError
 # Command -> module of this package that defines it. Loaded when used: `isolate keygen` loads no server.
 COMMANDS = {
     "agent": "isolate.cli.agent",
+    "approve": "isolate.cli.approve",
+    "approvers": "isolate.cli.approve",
     "delegate": "isolate.cli.handles",
+    "export": "isolate.cli.approve",
     "grant": "isolate.cli.handles",
     "handle": "isolate.cli.handles",
     "invoke": "isolate.cli.handles",

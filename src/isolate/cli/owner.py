@@ -78,6 +78,27 @@ def rule(
     click.echo(f"in force; entry {index} of the log")
 
 
+@owner_group.command("limits")
+@click.argument("asset")
+@click.option("--uses", type=click.IntRange(0), metavar="N", help="Uses in all, by all holders.")
+@click.option("--bytes-out", type=click.IntRange(0), metavar="N", help="Bytes in all that leave.")
+@click.option("--holder-uses", type=click.IntRange(0), metavar="N", help="Uses in all by each holder.")
+@click.option("--holder-bytes", type=click.IntRange(0), metavar="N", help="Bytes in all to each holder.")
+@of_the_owner
+def limits(
+    asset: str, uses: int | None, bytes_out: int | None, holder_uses: int | None, holder_bytes: int | None,
+    key: str, service: str, lineage: str,
+) -> None:  # fmt: skip
+    """Bound what handles may take from an asset over its life, in place of what was said before.
+
+    What was used before counts. It stops a holder who makes many handles, or many keys; a limit not given is none.
+    """
+    index = _owner(key, service, lineage).set_limits(
+        asset, uses=uses, bytes_out=bytes_out, holder_uses=holder_uses, holder_bytes=holder_bytes
+    )
+    click.echo(f"in force; entry {index} of the log")
+
+
 @owner_group.command("register")
 @click.argument("file", metavar="MODEL.sealed")
 @of_the_owner
@@ -88,9 +109,7 @@ def register(file: str, key: str, service: str, lineage: str) -> None:
 
 @click.command("rollback")
 @click.argument("asset")
-@click.option(
-    "--to", "digest", required=True, metavar="DIGEST", help="As `isolate inspect` prints it."
-)
+@click.option("--to", "digest", required=True, metavar="DIGEST", help="As `isolate inspect` prints it.")
 @click.option("--file", metavar="MODEL.sealed", help="The file itself, where the service does not know it.")
 @of_the_owner
 def rollback(asset: str, digest: str, file: str | None, key: str, service: str, lineage: str) -> None:

@@ -35,10 +35,10 @@ class _Signer(click.ParamType[str, str]):
     name = "verifying key"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return _text_or_file(str(value), "isolate-verify-")
+        return text_or_file(str(value), "isolate-verify-")
 
 
-def _text_or_file(value: str, prefix: str) -> str:
+def text_or_file(value: str, prefix: str) -> str:
     """The public key itself, or the one in a file that names it (a key file does, or what keygen printed)."""
     if value.startswith(prefix):
         return value
@@ -63,7 +63,7 @@ def _identities(files: Sequence[str], passphrase: str | None) -> list[Identity |
 
 def _recipients(texts: Sequence[str], passphrase: str | None) -> list[Recipient | Passphrase]:
     found: list[Recipient | Passphrase] = [
-        Recipient.parse(_text_or_file(text, "isolate-recipient-")) for text in texts
+        Recipient.parse(text_or_file(text, "isolate-recipient-")) for text in texts
     ]
     if passphrase is not None:
         found.append(read_passphrase(passphrase))

@@ -3,8 +3,8 @@
     >>> from isolate.crypto.kem import Identity
     >>> from isolate.crypto.signing import SigningKey
     >>> wish = Wish("demo/1", "digits", bytes(32), Identity.generate().recipient.raw, "yearly archive")
-    >>> text = approve(wish, SigningKey.generate(), lifetime=3600)
-    >>> Approval.from_text(text).reason
+    >>> text = approve_export(wish, SigningKey.generate(), lifetime=3600)
+    >>> read_approval(text).reason
     'yearly archive'
 
 Mode: this is neither workload nor handle mode: it is the one way in which the service itself lets plaintext go, and
@@ -29,10 +29,10 @@ from isolate.messages.http import post
 
 LIFETIME = 24 * 3600  # seconds that an approval is good for, when nothing else is said
 
-__all__ = ["Exporter", "Wish", "approve", "approve_group"]
+__all__ = ["Exporter", "Wish", "approve_export", "approve_group", "read_approval", "read_group_approval"]
 
 
-def approve(wish: Wish, signer: Signer, *, lifetime: int = LIFETIME) -> str:
+def approve_export(wish: Wish, signer: Signer, *, lifetime: int = LIFETIME) -> str:
     """One approval as a line of text, good for ``lifetime`` seconds from now. Raises MalformedError."""
     made = Approval.make(wish, signer, not_after=now() + lifetime, nonce=secrets.token_bytes(32))
     return made.to_text()
@@ -46,14 +46,24 @@ def approve_group(
     service: str,
     sequence: int,
     lifetime: int = LIFETIME,
-) -> bytes:
-    """A present approver's word for the group that follows: what ``Owner.set_approvers`` takes.
+) -> str:
+    """A present approver's word for the group that follows, as a line of text.
 
     ``service`` is its name and epoch, ``sequence`` the number of the new group. Raises MalformedError.
     """
     group = Approvers(threshold, [key.to_bytes() for key in keys])
     made = GroupApproval.make(group, signer, service=service, sequence=sequence, not_after=now() + lifetime)
-    return made.encode()
+    return made.to_text()
+
+
+def read_approval(text: str) -> Approval:
+    """What ``approve_export`` made. Raises MalformedError or KeyFormatError."""
+    return Approval.from_text(text)
+
+
+def read_group_approval(text: str) -> GroupApproval:
+    """What ``approve_group`` made: ``Owner.set_approvers`` takes it. Raises MalformedError or KeyFormatError."""
+    return GroupApproval.from_text(text)
 
 
 class Exporter:

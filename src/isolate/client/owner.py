@@ -23,10 +23,12 @@ from isolate.capability.scope import Constraint, Scope
 from isolate.capability.token import grant
 from isolate.client.connect import certificate
 from isolate.client.handle import HandleFile
-from isolate.crypto.signing import Purpose, SigningKey
+from isolate.crypto.signing import Purpose, SigningKey, VerifyingKey
+from isolate.messages.approve import GroupApproval, GroupSet, SetApprovers
 from isolate.messages.attest import Registered, RegisterRequest, ServiceCertificate
 from isolate.messages.base import Message, Signed
 from isolate.messages.http import ask, post
+from isolate.messages.limits import AssetLimits
 from isolate.messages.owner import (
     AssetRequest,
     AssetRule,
@@ -153,6 +155,34 @@ class Owner:
         """Why the request with this id was refused: each check, with what was expected and found."""
         explanation: Explanation = self._ask("explain", ExplainRequest(request_id), Explanation)
         return explanation
+
+    def set_limits(
+        self,
+        asset: str,
+        *,
+        uses: int | None = None,
+        bytes_out: int | None = None,
+        holder_uses: int | None = None,
+        holder_bytes: int | None = None,
+    ) -> int:
+        """What all holders of an asset, and each of them, may take from it over its life, in place of what was
+        said before. A limit that is None is none."""
+        limits = AssetLimits(asset, uses, bytes_out, holder_uses, holder_bytes)
+        done: Done = self._ask("limits", limits, Done)
+        return done.log_index
+
+    def set_approvers(
+        self, keys: Sequence[VerifyingKey], threshold: int, *, approvals: Sequence[GroupApproval] = ()
+    ) -> GroupSet:
+        """Name who approves exports of plaintext, ``threshold`` (2 or more) of them each time.
+
+        Once there is a group, the next takes as many of its members' approvals
+        (``isolate.client.approve.approve_group``). Raises RefusedError (``approvals_missing``, ...).
+        """
+        encoded = [one.encode() for one in approvals]
+        request = SetApprovers(threshold, [key.to_bytes() for key in keys], encoded)
+        done: GroupSet = self._ask("approvers", request, GroupSet)
+        return done
 
     def revoke(self, handle: bytes) -> int:
         """End the handle with this id (32 bytes), and everything narrowed from it."""

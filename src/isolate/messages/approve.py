@@ -15,7 +15,7 @@ is good once, at one service in one epoch, until ``not_after``. Spec: docs/spec/
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from attrs import evolve, field, frozen
 
@@ -30,7 +30,6 @@ from isolate.messages.owner import MAX_ASSET
 MAX_APPROVERS = 16
 MAX_REASON = 500  # characters: a line for the log
 MAX_APPROVAL = 4096  # bytes encoded; a destination takes 1216 of them
-_PREFIX = "isolate-approval-"
 
 Destination = Annotated[bytes, Limit(PUBLIC_SIZE, PUBLIC_SIZE)]
 Asset = Annotated[str, Limit(1, MAX_ASSET)]
@@ -38,6 +37,24 @@ Reason = Annotated[str, Limit(1, MAX_REASON)]
 Threshold = Annotated[int, Limit(2, MAX_APPROVERS)]
 Keys = Annotated[list[Bytes64], Limit(2, MAX_APPROVERS)]
 Approvals = Annotated[list[Annotated[bytes, Limit(1, MAX_APPROVAL)]], Limit(0, MAX_APPROVERS)]
+
+
+class _Line(Message):
+    """A message that travels as one line of a file."""
+
+    PREFIX: ClassVar[str]
+
+    def to_text(self) -> str:
+        return to_text(self.PREFIX, self.encode())
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read such a line. Raises MalformedError or KeyFormatError."""
+        text = text.strip()
+        size = (len(text) - len(cls.PREFIX)) * 3 // 4 - 4
+        if not 0 < size <= MAX_APPROVAL:
+            raise MalformedError("this is no approval: the text is too short or too long")
+        return cls.parse(from_text(cls.PREFIX, text, size, "approval"))
 
 
 @frozen
@@ -64,10 +81,11 @@ class Approvers(Message):
 
 
 @frozen
-class GroupApproval(Message):
+class GroupApproval(_Line):
     """One of the present approvers agrees that the group number ``sequence`` is the one with this digest."""
 
     TYPE = "group-approval"
+    PREFIX = "isolate-group-approval-"
     service: str
     sequence: int
     approvers: Bytes32
@@ -132,10 +150,11 @@ class Wish:
 
 
 @frozen
-class Approval(Message):
+class Approval(_Line):
     """One approver's word. ``not_after`` is Unix seconds; ``nonce`` tells apart two that are otherwise alike."""
 
     TYPE = "approval"
+    PREFIX = "isolate-approval-"
     service: str
     asset: Asset
     digest: Bytes32
@@ -179,19 +198,6 @@ class Approval(Message):
             )
         if not VerifyingKey.from_bytes(self.key).verify(Purpose.APPROVAL, self._signed(), self.signature):
             raise RefusedError("the signature of this approval does not verify", code="bad_signature")
-
-    def to_text(self) -> str:
-        """One line for a file."""
-        return to_text(_PREFIX, self.encode())
-
-    @classmethod
-    def from_text(cls, text: str) -> Self:
-        """Read such a line. Raises MalformedError or KeyFormatError."""
-        text = text.strip()
-        size = (len(text) - len(_PREFIX)) * 3 // 4 - 4
-        if not 0 < size <= MAX_APPROVAL:
-            raise MalformedError("this is no approval: the text is too short or too long")
-        return cls.parse(from_text(_PREFIX, text, size, "approval"))
 
 
 def _check_text(*texts: str) -> None:
