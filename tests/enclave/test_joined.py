@@ -171,6 +171,8 @@ def test_a_joined_handle_is_used_once_for_this_operation_channel_and_arguments(c
     wire.change = lambda message: evolve(message, arguments=message.arguments | {"register": forged()})
     assert cast.code(survey, register) == "holder_refused"
     assert cast.used() == ["c/d", "a/b"]
+    # The service would refuse some of these as well; here they do not even reach it.
+    assert [route for route, _ in cast.realm.carried].count("reserve") == 2
 
 
 def test_declarations_and_calls_that_are_none(cast: Cast) -> None:

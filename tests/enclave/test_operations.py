@@ -58,9 +58,12 @@ def test_good_results_leave_in_their_closed_form() -> None:
 @pytest.mark.threat("ENC-10")
 @pytest.mark.parametrize(
     "error",
-    [ValueError("canary"), KeyError("canary"), OutputRefused("canary", code="canary"), IsolateError("canary")],
-)
-def test_an_operations_exception_leaks_nothing(error: Exception) -> None:
+    [
+        ValueError("canary"), KeyError("canary"), OutputRefused("canary", code="canary"), IsolateError("canary"),
+        SystemExit("canary"), KeyboardInterrupt("canary"),
+    ],
+)  # fmt: skip
+def test_an_operations_exception_leaks_nothing(error: BaseException) -> None:
     with pytest.raises(CapabilityRefused) as refused:
         make(error, Label(2)).run({}, {})
     assert refused.value.code == "operation_failed"
@@ -97,6 +100,8 @@ def test_types_that_are_none() -> None:
             attempt()
     with pytest.raises(UsageError):
         operation(inputs={}, output=Label(2))(len)
+    with pytest.raises(UsageError):
+        operation(inputs={}, output=Label(2))(lambda view: 1)
 
 
 @pytest.mark.threat("ENC-11")
@@ -124,10 +129,11 @@ def test_a_digest_names_code_schema_and_version() -> None:
 
 def test_a_price_is_at_least_the_reply_and_at_most_an_account() -> None:
     def priced(price: Any) -> Operation:
-        made: Operation = operation(inputs={"top": Integer(0, 9)}, output=Label(2), price=price)(
-            lambda view, top: 1
-        )
-        return made
+        @operation(inputs={"top": Integer(0, 9)}, output=Label(2), price=price)
+        def search(view: Any, top: int) -> int:
+            return 1
+
+        return search
 
     assert [priced(None).cost({"top": 3}), priced(lambda top: top * 1000).cost({"top": 3})] == [256, 3000]
     assert [priced(lambda top: -5).cost({"top": 3}), priced(lambda top: 10**30).cost({"top": 3})] == [256, 2**32]

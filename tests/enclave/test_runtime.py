@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from typing import Any, ClassVar
@@ -394,6 +396,23 @@ def _parsed(raw: bytes) -> tuple[Invoke, Invocation]:
     return request, Invocation.parse(request.invocation)
 
 
+@pytest.mark.threat("ENC-41")
+def test_what_an_operation_or_a_library_prints_stays_inside() -> None:
+    code = """
+import logging, sys, warnings
+from isolate.enclave import boot
+print("before", flush=True)
+boot.only_events()
+boot.only_events()
+print("canary"); sys.stdout.write("canary"); sys.stderr.write("canary")
+warnings.warn("canary"); logging.error("canary")
+boot.event("serving")
+raise ValueError("canary")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ('before\n{"event": "serving"}\n', "")
+
+
 class FakeListener:
     """Hands out channels, or raises, in order; then it is closed."""
 
@@ -454,6 +473,8 @@ def test_silent_and_refused_clients_keep_nobody_else_out(
     monkeypatch.setattr("isolate.enclave.runtime.peer_pid", lambda _: 1)
     listener = FakeListener(*refused, *silent, good)
     monkeypatch.setattr(server._workload, "listen", lambda *_, **__: listener)
+    silenced: list[bool] = []
+    monkeypatch.setattr("isolate.enclave.boot.only_events", lambda: silenced.append(True))
     thread = threading.Thread(target=server.run)
     thread.start()
     end = time.monotonic() + 20
@@ -465,6 +486,7 @@ def test_silent_and_refused_clients_keep_nobody_else_out(
     patience.set()
     thread.join(20)
     assert all(one.closed for one in silent)
+    assert silenced == [True]
 
 
 def test_a_refusal_by_the_service_can_be_explained_by_its_number(realm: Any, server: Server) -> None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import json
 import os
+import re
 import resource
 import runpy
 import signal
@@ -28,6 +30,21 @@ _PR_GET_DUMPABLE = 3
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_GET_NO_NEW_PRIVS = 39
 
+
+# What torchrun tells its workers, and the launcher passes on: only here does it become a number or a place again.
+_NUMBER, _PLACE = re.compile(r"[0-9]{1,9}"), re.compile(r"[A-Za-z0-9_.:\[\]-]{1,255}")
+_TORCHRUN = {
+    "LOCAL_RANK": _NUMBER,
+    "LOCAL_WORLD_SIZE": _NUMBER,
+    "MASTER_ADDR": _PLACE,
+    "MASTER_PORT": _NUMBER,
+    "OMP_NUM_THREADS": _NUMBER,
+    "RANK": _NUMBER,
+    "TORCHELASTIC_RESTART_COUNT": _NUMBER,
+    "TORCHELASTIC_RUN_ID": _PLACE,
+    "TORCHELASTIC_USE_AGENT_STORE": re.compile("True|False"),
+    "WORLD_SIZE": _NUMBER,
+}
 
 _quiet = False
 
@@ -44,9 +61,34 @@ def event(name: str, **facts: Any) -> None:
     One write a line, so that threads do not mix theirs. An operator whose disk is full learns nothing, and ends
     nothing.
     """
+    # By an attribute and not by its class: this file runs as a script too, and is then another copy of it.
+    out = getattr(sys.stdout, "events", sys.stdout)
     with contextlib.suppress(OSError, ValueError):
-        sys.stdout.write(json.dumps({"event": name, **facts}) + "\n")
+        out.write(json.dumps({"event": name, **facts}) + "\n")
+        out.flush()
+
+
+class _Silence(io.TextIOBase):
+    """In the place of standard output and error: takes everything, and passes nothing on."""
+
+    def __init__(self, events: Any) -> None:
+        self.events = events
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def only_events() -> None:
+    """From now on Python prints nothing but events: what an operation or a library prints could be data.
+
+    It is no wall: code that writes to the descriptor itself still does.
+    """
+    if not hasattr(sys.stdout, "events"):
         sys.stdout.flush()
+        sys.stdout = sys.stderr = _Silence(sys.stdout)
 
 
 def _prctl(option: int, argument: int = 0) -> int:
@@ -84,6 +126,23 @@ def _tell_no_more(_: Any) -> None:
     event("failed", code="internal")
 
 
+def _places_for_torch() -> None:
+    """Put the places that torchrun told back under the names that torch looks for. Raises UsageError.
+
+    They locate, and no more: which rank of which job this is, the service says in the slot.
+    """
+    from isolate.errors import UsageError
+
+    told = {name: os.environ.get(f"ISOLATE_{name}") for name in _TORCHRUN}
+    if told["WORLD_SIZE"] is None:
+        return
+    for name, value in told.items():
+        if value is not None and not _TORCHRUN[name].fullmatch(value):
+            raise UsageError(f"{name} of the launcher is neither number nor place")
+        if value is not None:
+            os.environ[name] = value
+
+
 def run(application: str) -> int:
     """Run the application's main.py; answer the exit status. No traceback leaves: it would carry data."""
     # This file runs as a script. What the application imports is another copy of it, which knows whether there is
@@ -95,6 +154,7 @@ def run(application: str) -> int:
     # Set here, over whatever the host passed: where the measured configuration lies is no choice of the host's.
     os.environ["ISOLATE_APPLICATION"] = application
     try:
+        _places_for_torch()
         runpy.run_path(str(Path(application, "main.py")), run_name="__main__")
     except IsolateError as error:
         # Before a key was released the text helps whoever launched this; afterwards it could name what is inside.

@@ -21,6 +21,7 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
+from isolate.capability.scope import Scope
 from isolate.crypto import cbor
 from isolate.enclave.aggregates import Aggregates, Count, Mean, Rows, Sum
 from isolate.enclave.replies import size_of
@@ -121,7 +122,7 @@ class Operation:
         """
         try:
             result = self.function(view, **decoded, **given)
-        except Exception:  # noqa: BLE001 (the boundary)
+        except BaseException:  # noqa: BLE001 (the boundary: also what would end the thread that serves)
             raise CapabilityRefused("the operation failed", code="operation_failed") from None
         return self.output.check(result)
 
@@ -149,6 +150,7 @@ def operation(
             [function.__name__, version, schema, _source(function), seeded, "" if price is None else _source(price)]
         )
         digest = hashlib.sha256(b"isolate/v1/operation\0" + body).digest()
+        Scope(operations={function.__name__: digest})  # raises for a name that no handle can have
         return Operation(
             function.__name__, version, dict(inputs), output, digest, function, seeded=seeded, price=price
         )

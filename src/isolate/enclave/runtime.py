@@ -43,6 +43,7 @@ from isolate.capability.token import ChainCache, verify
 from isolate.crypto import cbor
 from isolate.crypto.kdf import Label, derive
 from isolate.crypto.secret import Secret
+from isolate.enclave import boot
 from isolate.enclave.derived import Derivations
 from isolate.enclave.operations import Derived, Joined, Operation
 from isolate.enclave.replies import fit
@@ -98,6 +99,8 @@ class Server:
         self._view = View(view)
         self._joined = {name: View(tensors) for name, tensors in (joined or {}).items()}
         self._operations = {operation.name: operation.under(minimum_group) for operation in operations}
+        if len(self._operations) < len(operations):
+            raise UsageError("two operations have one name")
         inputs = [kind for operation in operations for kind in operation.inputs.values()]
         named = {kind.asset for kind in inputs if isinstance(kind, Joined)}
         if missing := named - self._joined.keys():
@@ -107,7 +110,11 @@ class Server:
         self._derived = Derivations(workload, asset)
 
     def run(self) -> None:
-        """Serve clients until the process ends. A refused client ends its own channel and no other."""
+        """Serve clients until the process ends. A refused client ends its own channel and no other.
+
+        From now on the process prints nothing but events.
+        """
+        boot.only_events()
         with self._workload.listen(PURPOSE, rank=None, profile="client", timeout=IDLE) as listener:
             self._workload.report("serving", asset=self._asset, operations=sorted(self._operations))
             # Each thread accepts and serves: who stays silent in a handshake keeps one of them, not the door.
