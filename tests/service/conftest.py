@@ -426,8 +426,8 @@ def serving(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
     """Starts services, by default on a Unix socket; those that a test leaves running are killed."""
     started: list[Serving] = []
 
-    def start(listen: str = f"unix:{tmp_path}/socket", *words: str, **options: Any) -> Serving:
-        started.append(Serving(tmp_path, listen, *words, **options))
+    def start(listen: str | None = None, *words: str, **options: Any) -> Serving:
+        started.append(Serving(tmp_path, listen or f"unix:{tmp_path}/socket", *words, **options))
         return started[-1]
 
     yield start
