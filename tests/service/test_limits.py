@@ -255,6 +255,7 @@ def test_connections_that_say_nothing_keep_nobody_out(
         assert exchange(other, "POST", "/v1/certificate", CERTIFICATE)[0] == 200
         # Beyond the places there is little room, and then none.
         more = [undo.enter_context(contextlib.closing(service.connect())) for _ in range(3)]
+        more[2].settimeout(0.5)
         assert gone(more[2])
         # Bytes that keep coming change nothing: what is not a whole request in time ends.
         ended = time.monotonic() + 5
@@ -386,3 +387,17 @@ def test_a_dripping_client_holds_the_end_up_for_a_bounded_time(
         began = time.monotonic()
         service.end()
         assert time.monotonic() - began < 4
+
+
+@pytest.mark.threat("SVC-36")
+def test_an_idle_client_that_says_no_goodbye_is_not_waited_for(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TLS waits for the other side's goodbye, asyncio for 30 s."""
+    monkeypatch.setattr(listener, "HANGUP", 0.2)
+    service = running("tls:127.0.0.1:0")
+    with contextlib.closing(service.connect()) as idle:
+        exchange(idle, "GET", "/health", b"")
+        began = time.monotonic()
+        service.end()
+        assert time.monotonic() - began < listener.GRACE / 2
