@@ -14,7 +14,7 @@ MODEL = ROOT / "threat-model.md"
 TESTS = sorted([*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "benchmarks").rglob("test_*.py")])
 
 HEADER = ["id", "attack", "control", "test", "residual"]
-ID = re.compile(r"[A-Z]{3,4}-[1-9][0-9]*")
+ID = re.compile(r"[A-Z]{3,6}-[1-9][0-9]*")
 NODE = re.compile(r"((?:tests|benchmarks)/[\w/]+\.py)::(\w+(?:::\w+)?)")
 
 

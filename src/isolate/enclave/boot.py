@@ -177,7 +177,8 @@ def main(application: str) -> int:
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
-        return os.waitstatus_to_exitcode(status)
+        code = os.waitstatus_to_exitcode(status)
+        return code if code >= 0 else 128 - code  # of a signal, as shells say it
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # A parent that died before that call sends no signal any more.
     if os.getppid() != parent or not all(capabilities().values()):

@@ -74,7 +74,7 @@ class Configuration:
 
 
 # A misspelt field would otherwise be a setting that silently does not hold.
-_TABLES = {"owner": {"root", "lineage"}, "enclave": {"purpose", "job", "INSECURE_accept_simulated"}}
+_TABLES = {"owner": {"root", "lineage"}, "enclave": {"purpose", "job", "needs", "INSECURE_accept_simulated"}}
 
 
 def _table(tables: dict[str, Any], name: str) -> dict[str, Any]:

@@ -6,18 +6,21 @@
     >>> any(name.startswith("isolate/service/") for name in runtime_files())
     False
 
-PCR1 is the runtime (interpreter, standard library, isolate's inner floors, dependencies), PCR2 the
-application with its configuration, PCR0 both; each a SHA-384, 48 bytes. Spec: docs/spec/evidence.md.
+PCR1 is the runtime (interpreter, standard library, isolate's inner floors, dependencies, and the extras that the
+application needs), PCR2 the application with its configuration, PCR0 both; each a SHA-384, 48 bytes.
+Spec: docs/spec/evidence.md, 11.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -31,12 +34,21 @@ from isolate.errors import StorageError, UsageError
 
 MAX_APPLICATION_FILES = 10_000
 MAX_APPLICATION_BYTES = 1024 * 1024 * 1024
+MAX_CONFIGURATION_BYTES = 1024 * 1024
 
 # The floors an enclave stands on. What is not here cannot be imported inside, and is not measured.
 _INNER = ("crypto", "sealed", "attestation", "capability", "transparency", "channel", "messages", "enclave")
 _INNER_FILES = ("__init__.py", "errors.py")
 # What those floors need, as distributions.
 _DISTRIBUTIONS = ("attrs", "blake3", "cbor2", "cffi", "cryptography", "numpy", "PyJWT", "PyNaCl")
+# What an application may ask for beside that, by name: rooms of isolate, and distributions.
+_EXTRAS = {"torch": (("torch",), ("torch", "typing_extensions", "sympy", "mpmath"))}
+# The libraries of a torch for GPUs come as distributions of their own.
+_LIBRARIES = re.compile(r"(nvidia|cuda)-[a-z0-9._-]+", re.IGNORECASE)
+# Of an extra only what a process can load: torch's tree holds as many headers and tests again.
+_LOADED = re.compile(r".*\.(py|so(\.\d+)*)|torch_shm_manager")
+_NOT_LOADED = {"test", "tests", "include", "share"}
+_TESTING = ("torch", "testing", "_internal")
 # Parts of the standard library that no enclave loads and that vary from build to build.
 _NO_STDLIB = {
     "site-packages",
@@ -93,28 +105,91 @@ def _unreadable(error: OSError) -> NoReturn:
     raise StorageError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
+def needs(files: Mapping[str, Path]) -> tuple[str, ...]:
+    """The extras that this application's isolate.toml asks for: ``[enclave] needs = ["torch"]``, sorted.
+
+    Raises UsageError for one that is not known, or when that file is no TOML; StorageError.
+    """
+    if "isolate.toml" not in files:
+        return ()
+    path = files["isolate.toml"]
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIGURATION_BYTES + 1)
+    except OSError as error:
+        _unreadable(error)
+    if len(text) > MAX_CONFIGURATION_BYTES:
+        raise UsageError("isolate.toml is too large")
+    try:
+        tables = tomllib.loads(text.decode())
+    except (ValueError, RecursionError):
+        raise UsageError("isolate.toml is no TOML") from None
+    enclave = tables.get("enclave", {})
+    asked = enclave.get("needs", []) if isinstance(enclave, dict) else None
+    if not isinstance(asked, list) or not all(isinstance(name, str) for name in asked):
+        raise UsageError("needs in isolate.toml is a list of names")
+    if unknown := sorted(set(asked) - set(_EXTRAS)):
+        raise UsageError(
+            f"isolate.toml needs what no runtime has: {', '.join(unknown)[:200]}",
+            hint=f"known are {', '.join(sorted(_EXTRAS))}; what else you need goes into the application's folder",
+        )
+    return tuple(sorted(set(asked)))
+
+
 @cache
-def runtime_files() -> Mapping[str, Path]:
-    """What a runtime snapshot holds: isolate's inner floors and their dependencies, by path inside it."""
+def runtime_files(extras: tuple[str, ...] = ()) -> Mapping[str, Path]:
+    """What a runtime snapshot holds: isolate's inner floors and their dependencies, by path inside it.
+
+    ``extras``: what ``needs`` says. Raises UsageError when a distribution is not installed.
+    """
     found: dict[str, Path] = {}
     package = Path(isolate.__file__).parent
     for name in _INNER_FILES:
         found[f"isolate/{name}"] = package / name
-    for floor in _INNER:
+    for floor in (*_INNER, *(room for extra in extras for room in _EXTRAS[extra][0])):
         for path in sorted((package / floor).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 found[f"isolate/{path.relative_to(package).as_posix()}"] = path
     for name in _DISTRIBUTIONS:
         found.update(_distribution(name))
+    for name in (one for extra in extras for one in _with_libraries(_EXTRAS[extra][1])):
+        found.update((path, file) for path, file in _distribution(name) if _is_loaded(path))
     return dict(sorted(found.items()))
 
 
-def _distribution(name: str) -> Iterator[tuple[str, Path]]:
+def _is_loaded(path: str) -> bool:
+    *folders, name = path.split("/")
+    return (
+        _LOADED.fullmatch(name) is not None
+        and not _NOT_LOADED.intersection(folders)
+        and tuple(folders[:3]) != _TESTING
+    )
+
+
+def _with_libraries(names: tuple[str, ...]) -> list[str]:
+    """These distributions, and the GPU libraries that they require and that are installed, at any depth."""
+    found = list(names)
+    for name in found:
+        for requirement in _installed(name).requires or []:
+            library = _LIBRARIES.match(requirement)
+            if library and library.group() not in found and _is_installed(library.group()):
+                found.append(library.group())
+    return found
+
+
+def _installed(name: str) -> metadata.Distribution:
     try:
-        files = metadata.distribution(name).files or []
+        return metadata.distribution(name)
     except metadata.PackageNotFoundError:
         raise UsageError(f"the dependency {name} is not installed") from None
-    for entry in files:
+
+
+def _is_installed(name: str) -> bool:
+    return next(iter(metadata.distributions(name=name)), None) is not None
+
+
+def _distribution(name: str) -> Iterator[tuple[str, Path]]:
+    for entry in _installed(name).files or []:
         parts = entry.parts
         if ".." in parts or "__pycache__" in parts or "tests" in parts or parts[0].endswith(".dist-info"):
             continue
@@ -149,14 +224,44 @@ def _digest(path: Path) -> bytes:
         raise StorageError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _rows(files: Mapping[str, Path]) -> bytes:
-    return hashlib.sha384(cbor.encode([[name, _digest(path)] for name, path in sorted(files.items())])).digest()
+class Digests:
+    """SHA-384 of files in a folder that its holder alone writes: read again only when one is not the same any more.
+
+    A file is taken for the same while device, inode, size and both times are. Whoever may write there can outwit
+    that, so it is for the platform's own copies, and never for what was given to it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[tuple[int, ...], bytes]] = {}
+
+    def __call__(self, path: Path) -> bytes:
+        """48 bytes. Raises StorageError."""
+        try:
+            status = path.lstat()
+        except OSError as error:
+            _unreadable(error)
+        same = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        seen, digest = self._known.get(path, ((), b""))
+        if seen != same:
+            # The state from before the reading: a change during it is seen the next time.
+            digest = _digest(path)
+            self._known[path] = (same, digest)
+        return digest
 
 
-def registers(runtime: Mapping[str, Path], application: Mapping[str, Path]) -> Measurement:
-    """The registers of these files, wherever they lie: the names count, and the bytes."""
-    pcr1 = hashlib.sha384(cbor.encode(["isolate/runtime/v1", _platform_digest(), _rows(runtime)])).digest()
-    pcr2 = hashlib.sha384(cbor.encode(["isolate/application/v1", _rows(application)])).digest()
+def _rows(files: Mapping[str, Path], digest: Callable[[Path], bytes]) -> bytes:
+    return hashlib.sha384(cbor.encode([[name, digest(path)] for name, path in sorted(files.items())])).digest()
+
+
+def registers(
+    runtime: Mapping[str, Path], application: Mapping[str, Path], known: Callable[[Path], bytes] = _digest
+) -> Measurement:
+    """The registers of these files, wherever they lie: the names count, and the bytes.
+
+    ``known`` answers the digest (48 bytes) of a file of the runtime.
+    """
+    pcr1 = hashlib.sha384(cbor.encode(["isolate/runtime/v1", _platform_digest(), _rows(runtime, known)])).digest()
+    pcr2 = hashlib.sha384(cbor.encode(["isolate/application/v1", _rows(application, _digest)])).digest()
     pcr0 = hashlib.sha384(cbor.encode(["isolate/image/v1", pcr1, pcr2])).digest()
     return Measurement({"PCR0": pcr0, "PCR1": pcr1, "PCR2": pcr2})
 
@@ -170,4 +275,4 @@ def measure(application: str | os.PathLike[str]) -> Measurement:
     files = tree(root)
     if "isolate.toml" not in files:
         raise UsageError(f"{root} has no isolate.toml", hint="see docs/spec/evidence.md, section on applications")
-    return registers(runtime_files(), files)
+    return registers(runtime_files(needs(files)), files)

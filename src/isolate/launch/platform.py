@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from attrs import define, field, frozen
 from isolate.attestation.attesters.simulated import read_frame, write_frame
 from isolate.crypto import cbor
 from isolate.errors import IsolateError, MalformedError, StorageError, UnavailableError, UsageError
-from isolate.launch.measure import Measurement, registers, runtime_files, tree
+from isolate.launch.measure import Digests, Measurement, needs, registers, runtime_files, tree
 from isolate.launch.root import SimulatedModule, SimulatedRoot
 from isolate.messages.http import parse_address
 
@@ -40,8 +42,20 @@ _BOOT = "isolate/enclave/boot.py"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of an enclave, and of its log files
 _PATIENCE = 10.0  # seconds for a request to come whole
 MAX_WAIT = 3600  # seconds of one request that waits
-# Imported once by the platform itself, so that launches find compiled code that only the platform wrote.
+# Run once by the platform itself, so that launches find compiled code that only the platform wrote.
 _WARM = "import sys; sys.path.append(sys.argv[1]); import isolate.enclave.runtime, isolate.sealed, isolate.channel"
+# What training loads, some of it only at the first step. An extra's absence from here costs a launch time only.
+_WARM_EXTRAS = {
+    "torch": """
+import compileall
+compileall.compile_dir(sys.argv[1] + "/isolate/torch", quiet=2)
+import torch, torch.distributed.checkpoint.state_dict, torch.distributed.fsdp, torch.nn.parallel, torch.utils.data
+layer = torch.nn.Linear(2, 2)
+for optimizer in (torch.optim.SGD(layer.parameters()), torch.optim.AdamW(layer.parameters())):
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+"""
+}
 
 
 def allowed_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -80,22 +94,32 @@ class Platform:
         self._record = record
         self._children: dict[str, Child] = {}
         self._lock = threading.Lock()
-        self._runtime: dict[str, Path] | None = None
+        self._runtimes: dict[tuple[str, ...], dict[str, Path]] = {}
+        self._digests = Digests()
 
     def image(self, application: Path) -> Image:
         """Copy, then measure the copy. Raises UsageError or StorageError."""
         given = tree(application)
-        runtime = self._snapshot_runtime()
         staged = self._state / f"application-{os.urandom(8).hex()}"
         files = _copy(given, staged)
-        return Image(self._state / "runtime", staged, registers(runtime, files))
+        extras = needs(files)
+        runtime = self._snapshot_runtime(extras)
+        return Image(self._place(extras), staged, registers(runtime, files, self._digests))
 
-    def _snapshot_runtime(self) -> dict[str, Path]:
-        if self._runtime is None:
-            copied = _copy(runtime_files(), self._state / "runtime")
-            self._python(["-c", _WARM, str(self._state / "runtime")], check=True)
-            self._runtime = copied
-        return self._runtime
+    def _place(self, extras: tuple[str, ...]) -> Path:
+        return self._state / "-".join(("runtime", *extras))
+
+    def _snapshot_runtime(self, extras: tuple[str, ...]) -> dict[str, Path]:
+        """One for each set of extras, made when it is first needed: without any there is nothing of them in it."""
+        if extras not in self._runtimes:
+            place = self._place(extras)
+            # What an earlier platform left there would be importable, and not measured.
+            shutil.rmtree(place, ignore_errors=True)
+            copied = _copy(runtime_files(extras), place)
+            warm = "".join((_WARM, *(_WARM_EXTRAS.get(name, "") for name in extras)))
+            self._python(["-c", warm, str(place)], check=True)
+            self._runtimes[extras] = copied
+        return self._runtimes[extras]
 
     def _python(self, arguments: list[str], *, check: bool) -> None:
         command = [*self._command(writable=True), *arguments]
@@ -187,6 +211,20 @@ class Platform:
             child.socket.close()
 
 
+def _end(child: Child, holder: socket.socket) -> int:
+    """Wait for the enclave's end, and answer its status. When the holder's connection ends first, so does it."""
+    process = child.process
+    with contextlib.suppress(ProcessLookupError):  # ended, and waited for
+        ended = os.pidfd_open(process.pid)
+        try:
+            ready, _, _ = select.select([ended, holder.fileno()], [], [])
+            if ended not in ready:
+                process.kill()
+        finally:
+            os.close(ended)
+    return process.wait()
+
+
 def _copy(files: Mapping[str, Path], target: Path) -> dict[str, Path]:
     copied: dict[str, Path] = {}
     try:
@@ -204,6 +242,7 @@ def _copy(files: Mapping[str, Path], target: Path) -> dict[str, Path]:
 class Control:
     """The platform's socket towards the host: launch, wait, kill, root. Requests and answers are CBOR frames.
 
+    A launch with ``hold`` keeps its connection: the enclave ends with it, and its status follows on it.
     Whoever may connect is obeyed: that is the operator. Only its own user may.
     """
 
@@ -235,12 +274,20 @@ class Control:
         connection.settimeout(_PATIENCE)
         with connection, contextlib.suppress(UnavailableError):
             try:
-                answer = self._answer(read_frame(connection))
+                request = read_frame(connection)
+                answer = self._answer(request)
             except IsolateError as error:
                 answer = {"error": error.code, "message": error.message}
             except Exception as error:  # noqa: BLE001 (the boundary: one bad request ends no other)
                 answer = {"error": "internal", "message": f"the platform failed: {type(error).__name__}"}
-            write_frame(connection, answer)
+            held = "pid" in answer and request.get("hold") is True
+            try:
+                write_frame(connection, answer)
+                if held:
+                    write_frame(connection, {"status": _end(self._platform.child(request["name"]), connection)})
+            finally:
+                if held:
+                    self._platform.child(request["name"]).process.kill()
 
     def _answer(self, request: Any) -> dict[str, Any]:
         match request:
@@ -253,8 +300,13 @@ class Control:
                 "environment": dict(env),
                 "logs": str(logs),
             }:
+                began = time.monotonic()
                 child = self._platform.launch(name, Path(path), env, Path(logs))
-                return {"pid": child.process.pid, "registers": dict(child.image.measurement.registers)}
+                return {
+                    "pid": child.process.pid,
+                    "registers": dict(child.image.measurement.registers),
+                    "milliseconds": int((time.monotonic() - began) * 1000),
+                }
             case {"op": "wait", "name": str(name), "seconds": int(seconds)}:
                 try:
                     return {"status": self._platform.child(name).process.wait(min(seconds, MAX_WAIT))}

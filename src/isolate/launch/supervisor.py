@@ -6,32 +6,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import define, frozen
 
 from isolate.attestation.attesters.simulated import read_frame, write_frame
 from isolate.crypto import cbor
-from isolate.errors import RefusedError, ServiceUnavailable, StorageError, UsageError
+from isolate.errors import IsolateError, RefusedError, ServiceUnavailable, StorageError, UsageError
 from isolate.messages.http import parse_address
 
-LAUNCH_TIMEOUT = 60.0  # seconds: the first launch copies and compiles the runtime
+LAUNCH_TIMEOUT = 180.0  # seconds: the first launch copies and compiles the runtime, with torch 600 MB of it
+_END = 10.0  # seconds that an enclave which was killed may take to be gone
 
 
 @frozen
 class Enclave:
-    """A launched enclave. ``registers`` is what the platform measured (48 bytes each)."""
+    """A launched enclave. ``registers`` is what the platform measured (48 bytes each), in so many milliseconds."""
 
     host: Host
     name: str
     pid: int
     registers: Mapping[str, bytes]
     logs: Path
+    milliseconds: int
 
     def wait(self, timeout: float) -> int | None:
         """The exit status, or None when it still runs after ``timeout`` seconds."""
@@ -80,6 +84,24 @@ class Enclave:
             time.sleep(0.02)
 
 
+@define
+class Held:
+    """A launched enclave that ends when this process does, whatever ends it: its own connection holds it."""
+
+    enclave: Enclave
+    _connection: socket.socket
+    status: int | None = None
+
+    def wait(self, timeout: float) -> int | None:
+        """The exit status, or None when it still runs after ``timeout`` seconds.
+
+        Raises UnavailableError when the platform is gone.
+        """
+        if self.status is None and select.select([self._connection], [], [], timeout)[0]:
+            self.status = cbor.check(read_frame(self._connection), {"status": int})["status"]
+        return self.status
+
+
 class Host:
     """``address``: where the platform listens, ``unix:/path``."""
 
@@ -91,18 +113,23 @@ class Host:
 
     def ask(self, request: dict[str, Any], timeout: float = LAUNCH_TIMEOUT) -> dict[str, Any]:
         """One request to the platform. Raises RefusedError with its code, or ServiceUnavailable."""
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-                connection.settimeout(timeout)
+        with self._asked(request, timeout) as (_, answer):
+            return answer
+
+    @contextlib.contextmanager
+    def _asked(self, request: dict[str, Any], timeout: float) -> Iterator[tuple[socket.socket, dict[str, Any]]]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout)
+            try:
                 connection.connect(self._path)
                 write_frame(connection, request)
                 answer = read_frame(connection)
-        except OSError as error:
-            raise ServiceUnavailable(f"the platform does not answer: {type(error).__name__}", hint="") from None
-        if "error" in answer:
-            refused = cbor.check(answer, {"error": str, "message": str})
-            raise RefusedError(refused["message"], code=refused["error"])
-        return answer
+            except OSError as error:
+                raise ServiceUnavailable(f"the platform does not answer: {type(error).__name__}", hint="") from None
+            if "error" in answer:
+                refused = cbor.check(answer, {"error": str, "message": str})
+                raise RefusedError(refused["message"], code=refused["error"])
+            yield connection, answer
 
     def root_certificate(self) -> bytes:
         """The simulated root's certificate (DER), for the owner's policy."""
@@ -110,14 +137,34 @@ class Host:
         return certificate
 
     def launch(self, name: str, application: Path, environment: Mapping[str, str]) -> Enclave:
-        answer = self.ask(
-            {
-                "op": "launch",
-                "name": name,
-                "application": str(application.resolve()),
-                "environment": dict(environment),
-                "logs": str(self._logs.resolve()),
-            }
-        )
-        answer = cbor.check(answer, {"pid": int, "registers": dict})
-        return Enclave(self, name, answer["pid"], answer["registers"], self._logs)
+        """Have an enclave measured and started. Raises RefusedError with the platform's code."""
+        request = self._launch(name, application, environment)
+        return self._enclave(name, self.ask(request))
+
+    @contextlib.contextmanager
+    def hold(self, name: str, application: Path, environment: Mapping[str, str]) -> Iterator[Held]:
+        """An enclave for as long as this context lasts: it is ended with it, or with this process."""
+        request = self._launch(name, application, environment) | {"hold": True}
+        with self._asked(request, LAUNCH_TIMEOUT) as (connection, answer):
+            held = Held(self._enclave(name, answer), connection)
+            try:
+                yield held
+            finally:
+                # Gone before this returns, so that whoever starts the next one finds the place empty.
+                if held.status is None:
+                    with contextlib.suppress(IsolateError):
+                        held.enclave.kill()
+                        held.enclave.wait(_END)
+
+    def _launch(self, name: str, application: Path, environment: Mapping[str, str]) -> dict[str, Any]:
+        return {
+            "op": "launch",
+            "name": name,
+            "application": str(application.resolve()),
+            "environment": dict(environment),
+            "logs": str(self._logs.resolve()),
+        }
+
+    def _enclave(self, name: str, answer: dict[str, Any]) -> Enclave:
+        answer = cbor.check(answer, {"pid": int, "registers": dict, "milliseconds": int})
+        return Enclave(self, name, answer["pid"], answer["registers"], self._logs, answer["milliseconds"])
