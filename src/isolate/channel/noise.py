@@ -16,14 +16,14 @@ every message that does not authenticate, raises HandshakeRefused; after it the 
 from __future__ import annotations
 
 import hashlib
-import hmac
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from isolate.channel.patterns import parse_pattern
 from isolate.crypto.aead import Cipher, Suite
 from isolate.crypto.exchange import CURVE_SIZE, LATTICE_BOXED, LATTICE_PUBLIC, CurveKey, LatticeKey, encapsulate
-from isolate.crypto.secret import Secret
+from isolate.crypto.kdf import hkdf
+from isolate.crypto.secret import Secret, wipe
 from isolate.errors import HandshakeRefused, MalformedError, UsageError
 
 MAX_MESSAGE = 65535  # Noise, 3
@@ -87,11 +87,11 @@ class CipherState:
 class SymmetricState:
     """The chaining key and the hash of everything said (Noise, 5.2)."""
 
-    __slots__ = ("_chaining_key", "_hash", "_suite", "cipher", "hash")
+    __slots__ = ("_chaining_key", "_hash", "_hash_name", "_suite", "cipher", "hash")
 
     def __init__(self, name: str, suite: Suite, hash_name: str) -> None:
         self._suite = suite
-        self._hash = _HASHES[hash_name]
+        self._hash, self._hash_name = _HASHES[hash_name], hash_name
         size = self._hash().digest_size
         raw = name.encode()
         self.hash: bytes = raw.ljust(size, b"\0") if len(raw) <= size else self._hash(raw).digest()
@@ -99,15 +99,12 @@ class SymmetricState:
         self.cipher = CipherState(suite)
 
     def _hkdf(self, material: Secret | None, count: int) -> list[Secret]:
-        data = b"" if material is None else material.expose()
-        # hmac.digest takes other buffers than bytes only for some hashes.
-        prk = hmac.digest(bytes(self._chaining_key.expose()), bytes(data), self._hash)
-        outputs: list[Secret] = []
-        block = b""
-        for index in range(1, count + 1):
-            block = hmac.digest(prk, block + bytes([index]), self._hash)
-            outputs.append(Secret(block))
-        return outputs
+        data, size = b"" if material is None else material.expose(), len(self.hash)
+        out = hkdf(self._chaining_key.expose(), data, b"", count * size, self._hash_name)
+        try:
+            return [Secret(memoryview(out)[place : place + size]) for place in range(0, len(out), size)]
+        finally:
+            wipe(out)
 
     def _new_key(self, key: Secret) -> CipherState:
         with Secret(key.expose()[:32]) as short:

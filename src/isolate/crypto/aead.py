@@ -219,6 +219,8 @@ class Cipher:
 
     def seal(self, plaintext: Buffer, nonce: Buffer, data: bytes = b"") -> bytes:
         """``seal_into`` a new buffer: for small things."""
+        if self.openssl is not None and len(as_bytes(nonce)) == self.nonce_size:
+            return self.openssl.encrypt(as_bytes(nonce), as_bytes(plaintext), data)
         sealed = bytearray(as_bytes(plaintext).nbytes + self.tag_size)
         self.seal_into(sealed, plaintext, nonce, data)
         return bytes(sealed)
@@ -228,6 +230,11 @@ class Cipher:
         size = as_bytes(sealed).nbytes - self.tag_size
         if size < 0:
             return None
+        if self.openssl is not None and len(as_bytes(nonce)) == self.nonce_size:
+            try:
+                return self.openssl.decrypt(as_bytes(nonce), as_bytes(sealed), data)
+            except InvalidTag:
+                return None
         plaintext = bytearray(size)
         return bytes(plaintext) if self.open_into(plaintext, sealed, nonce, data) else None
 

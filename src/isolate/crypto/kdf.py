@@ -1,7 +1,7 @@
 """Key derivation: HKDF-SHA-256 (RFC 5869) under labels that stand in one table.
 
     >>> from isolate.crypto.kdf import Label, derive
-    >>> from isolate.crypto.secret import Secret
+    >>> from isolate.crypto.secret import Secret, wipe
     >>> root = Secret(bytes(32))
     >>> len(derive(root, Label.SEALED_HEADER)), len(derive(root, Label.SEALED_COMPARTMENT, b"c1"))
     (32, 32)
@@ -12,17 +12,15 @@ pairs encode to the same bytes.
 
 from __future__ import annotations
 
-import hmac
 from enum import StrEnum
-from hashlib import sha256
 from typing import TypeVar, overload
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from isolate.crypto import cbor
 from isolate.crypto.secret import Secret, wipe
 from isolate.errors import UsageError
-
-HASH_SIZE = 32
-MAX_OUTPUT = 255 * HASH_SIZE  # RFC 5869, 2.3
 
 
 class Label(StrEnum):
@@ -50,23 +48,23 @@ class Label(StrEnum):
 S = TypeVar("S", bound=Secret)
 
 
-def _hmac(key: bytes | bytearray | memoryview, *parts: bytes | bytearray | memoryview) -> bytes:
-    mac = hmac.new(key, digestmod=sha256)  # type: ignore[arg-type]  # any buffer will do
-    for part in parts:
-        mac.update(part)
-    return mac.digest()
+_HASHES: dict[str, hashes.HashAlgorithm] = {
+    "SHA256": hashes.SHA256(),
+    "SHA512": hashes.SHA512(),
+    "BLAKE2s": hashes.BLAKE2s(32),
+    "BLAKE2b": hashes.BLAKE2b(64),
+}
 
 
-def hkdf(salt: bytes, ikm: memoryview | bytes, info: bytes, length: int) -> bytearray:
-    """RFC 5869 extract and expand. Raises UsageError unless ``length`` is 1 to 8160 bytes."""
-    if not 0 < length <= MAX_OUTPUT:
-        raise UsageError("HKDF-SHA-256 gives 1 to 8160 bytes")
-    prk = _hmac(salt or bytes(HASH_SIZE), ikm)
-    out, block = bytearray(), b""
-    for counter in range(1, -(-length // HASH_SIZE) + 1):
-        block = _hmac(prk, block, info, bytes([counter]))
-        out += block
-    del out[length:]
+def hkdf(
+    salt: bytes | memoryview, ikm: bytes | memoryview, info: bytes, length: int, hash_name: str = "SHA256"
+) -> bytearray:
+    """RFC 5869 extract and expand. Raises UsageError unless ``length`` is 1 to 255 times the size of the hash."""
+    algorithm = _HASHES[hash_name]
+    if not 0 < length <= 255 * algorithm.digest_size:
+        raise UsageError(f"HKDF-{hash_name} gives 1 to {255 * algorithm.digest_size} bytes")
+    out = bytearray(length)
+    HKDF(algorithm, length, bytes(salt), info).derive_into(ikm, out)
     return out
 
 
