@@ -317,6 +317,9 @@ def test_what_is_nowhere_is_refused_by_a_message(running: Callable[..., Running]
     status, headers, code = service.ask("GET", "/v1/challenge")
     assert (status, code, headers["Allow"]) == (405, "unknown_method", "POST")
     assert service.ask("DELETE", "/metrics")[::2] == (405, "unknown_method")
+    # Not sent on to a host that the request names.
+    for path in ("/v1", "/health/", "/log"):
+        assert service.ask("GET", path)[::2] == (404, "unknown_route")
 
 
 def test_an_address_that_is_taken(realm: Any, running: Callable[..., Running], tmp_path: Path) -> None:

@@ -73,6 +73,8 @@ class Application:
             Route("/openapi.json", self._openapi),
         ]
         self._app = Starlette(routes=routes, exception_handlers={HTTPException: _not_here, Exception: _unforeseen})
+        # A redirect would lead to whatever host the request named.
+        self._app.router.redirect_slashes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

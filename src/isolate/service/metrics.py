@@ -1,10 +1,9 @@
 """What the service counts, in the text form of Prometheus: its own registry, and labels of a closed set.
 
     >>> metrics = Metrics(clock=lambda: 7.0)
-    >>> metrics.answered("challenge", "ok", 0.002)
     >>> metrics.answered("/etc/passwd", "usage", 0.002)
-    >>> print(*(line for line in metrics.text().splitlines() if "requests_total" in line and "#" not in line))
-    isolate_requests_total{code="ok",route="challenge"} 1.0 isolate_requests_total{code="usage",route="unknown"} 1.0
+    >>> print(*(line for line in metrics.text().splitlines() if line.startswith("isolate_request_seconds_sum")))
+    isolate_request_seconds_sum{route="unknown"} 0.002
 
 No label holds what a peer chose: no job, asset, digest, address or name. Spec: docs/spec/service.md, section 1.
 """
@@ -21,6 +20,7 @@ from isolate.service.routes import ROUTES
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FILES = ("health", "metrics", "openapi", "tiles")  # what is read with GET
+UNKNOWN = "unknown"
 LIMITS = ("rate", "connections", "busy", "size", "time")
 MAX_CODES = 192  # label values; docs/errors.md lists fewer
 
@@ -67,17 +67,17 @@ class Metrics:
 
     def answered(self, route: str, code: str, seconds: float) -> None:
         """One request. Routes that the table does not have, and codes that are none, count as ``unknown``."""
-        route = route if route in ROUTES or route in FILES else "unknown"
+        route = route if route in ROUTES or route in FILES else UNKNOWN
         if code not in self._codes:
             if len(self._codes) < MAX_CODES and _CODE.fullmatch(code):
                 self._codes.add(code)
             else:
-                code = "unknown"
+                code = UNKNOWN
         self._requests.labels(route, code).inc()
         self._seconds.labels(route).observe(seconds)
 
     def limited(self, limit: str) -> None:
-        self._limited.labels(limit if limit in LIMITS else "unknown").inc()
+        self._limited.labels(limit if limit in LIMITS else UNKNOWN).inc()
 
     def text(self) -> str:
         """What Prometheus reads."""
