@@ -31,7 +31,8 @@
     │   ├── RecordRefused           a record that does not authenticate; the channel is over
     │   ├── ChannelTruncated        the transport ended without an authenticated close
     │   ├── ChannelClosed           used after its end
-    │   └── ChannelTimeout          nothing in time
+    │   ├── ChannelTimeout          nothing in time
+    │   └── RankFailed              a rank of a process group is gone, hostile, or in another collective
     └── UnavailableError            this machine, its disk or a service cannot do it now
         ├── ServiceUnavailable      the attestation service does not answer
         ├── KeyServiceUnavailable   a KMS or HSM does not answer in time, or cannot
@@ -212,6 +213,19 @@ class ChannelClosed(ChannelError):
 
 class ChannelTimeout(ChannelError):
     default_code = "channel_timeout"
+
+
+class RankFailed(ChannelError, RuntimeError):
+    """Ends a process group on every rank. ``rank``: which one failed, by its global rank; None when unknown.
+
+    A RuntimeError too, since code around torch.distributed expects one.
+    """
+
+    default_code = "rank_failed"
+
+    def __init__(self, message: str, *, rank: int | None = None, code: str | None = None, hint: str | None = None):
+        super().__init__(message, code=code, hint=hint)
+        self.rank = rank
 
 
 class UnavailableError(IsolateError):
