@@ -36,6 +36,7 @@ class Stage:
         ends = ("service", "platform", "enclave")
         self.service, self.platform, self.enclave = (f"unix:{folder}/{end}" for end in ends)
         self.owner = Owner(self.key, service=self.service, lineage=lineage)
+        self.enclaves = []
         self._processes = contextlib.ExitStack()
 
     def __enter__(self):
@@ -106,10 +107,14 @@ class Stage:
         return path
 
     def launch(self, app, timeout=60):
-        """The operator launches the enclave; the platform measures it, the service gives it the keys."""
+        """The operator launches an enclave, in the last one's place: it is measured, and gets the keys."""
+        if self.enclaves:
+            self.enclaves[-1].kill()
+            self.enclaves[-1].wait(10)
         where = {"ISOLATE_SERVICE": self.service, "ISOLATE_LISTEN": self.enclave}
         where["ISOLATE_ASSETS"] = str(self.folder)
-        event = self.host.launch(self.name, app, where).event("serving", "failed", timeout=timeout)
+        self.enclaves.append(self.host.launch(f"{self.name}-{len(self.enclaves)}", app, where))
+        event = self.enclaves[-1].event("serving", "failed", timeout=timeout)
         if event["event"] != "serving":
             raise SystemExit(f"the enclave did not start: {event}")
         return event

@@ -36,16 +36,18 @@ def size_of(output: Output) -> int:
     return size
 
 
+def _head(size: int) -> int:
+    """By how many bytes the head of a byte string of this size is longer than that of an empty one."""
+    return 0 if size < 24 else 1 if size < 256 else 2 if size < 65536 else 4
+
+
 def fit(code: str, value: Any, request_id: str, size: int) -> bytes:
     """The reply in exactly ``size`` bytes. Raises OutputRefused for what is longer."""
-    # A byte string of n bytes takes n and 1, 2, 3 or 5 more, so that a few totals cannot be reached. A request id
-    # that is a digit or two shorter brings such a reply to another total, and says nothing.
+    # Because of its head, a padding of some sizes does not exist. A request id that is a digit or two shorter
+    # brings such a reply to another size of padding, and says nothing.
     for digits in range(REQUEST_ID, REQUEST_ID - 3, -1):
-        bare = Reply(code, value, request_id[:digits])
-        missing = size - len(bare.encode())
+        missing = size - len(Reply(code, value, request_id[:digits]).encode())
         for head in (0, 1, 2, 4):
-            if head <= missing:
-                reply = Reply(code, value, request_id[:digits], bytes(missing - head)).encode()
-                if len(reply) == size:
-                    return reply
+            if head <= missing and _head(missing - head) == head:
+                return Reply(code, value, request_id[:digits], bytes(missing - head)).encode()
     raise OutputRefused("the result is longer than the reply that was charged")
