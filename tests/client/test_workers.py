@@ -100,6 +100,49 @@ def test_each_worker_has_a_channel_of_its_own_and_the_parents_goes_on(
     assert house.channels == 1 + 2 + (2 if "inherited" in said else 0)
 
 
+LOOPS = """
+import asyncio, multiprocessing, os, sys
+from isolate.client import aio, connect
+from isolate.client.handle import HandleFile
+from isolate.client.signers import AgentSigner
+
+connect.now = lambda: int(sys.argv[3])
+
+async def attached():
+    handle = await aio.attach(sys.argv[1], signer=AgentSigner(sys.argv[2]))
+    print(await handle.invoke("op", number=1))
+    return handle
+
+async def use(number):
+    return await asyncio.gather(*(HANDLE.invoke("op", number=number + more) for more in (0, 1)))
+
+def worker(number):
+    return asyncio.run(use(number))
+
+async def around():
+    global HANDLE
+    HANDLE = await attached()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        print(await asyncio.to_thread(pool.map, worker, [2, 4]))
+    print(await use(6))
+    await HANDLE.close()
+
+asyncio.run(around())
+"""
+
+
+@pytest.mark.threat("HND-6")
+def test_a_forked_worker_uses_an_async_handle_in_a_loop_of_its_own(
+    house: Any, key: SigningKey, agent: Any, tmp_path: Path
+) -> None:
+    house.grant(key).save(tmp_path / "team.handle")
+    command = [sys.executable, "-c", LOOPS, "team.handle", agent(key).address, str(house.realm.clock())]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["1", "[[2, 3], [4, 5]]", "[6, 7]"], done.stderr
+    # One channel in the parent, throughout; one in the worker for each event loop.
+    assert house.channels == 3
+
+
 def test_a_task_for_another_machine_carries_a_handle_and_no_key(
     house: Any, key: SigningKey, agent: Any, tmp_path: Path
 ) -> None:
