@@ -19,7 +19,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     address = f"unix:{tmp_path / 'peer'}"
     monkeypatch.setenv("ISOLATE_LISTEN", address)
     monkeypatch.setenv("ISOLATE_PEER", address)
-    monkeypatch.setattr(workload, "RETRY_AFTER", 0.01)
+    monkeypatch.setattr(workload, "REACH_AFTER", 0.01)
     return address
 
 

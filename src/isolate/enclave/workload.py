@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from isolate import channel
     from isolate.sealed import CompartmentKeys, PublicFacts
 
-RETRY_AFTER = 0.1  # seconds between two attempts to reach a peer
+REACH_AFTER = 0.1  # seconds between two attempts to reach a peer
 RENEW_BEFORE = 60  # seconds before a result expires
 RETRY_AFTER = 5  # seconds between attempts to renew, while the service is down
 
@@ -402,7 +402,7 @@ class Workload:
                 absent = isinstance(error, UnavailableError) or error.code == "peer_gone"
                 if not absent or time.monotonic() > end:
                     raise
-                time.sleep(RETRY_AFTER)
+                time.sleep(REACH_AFTER)
 
     def report(self, name: str, **facts: Any) -> None:
         """Print a public event: the operator reads it. Never data."""
