@@ -83,8 +83,8 @@ CONTROLS = {
     ),
     "budget": Control(
         "eleventh_use_refused",
-        "service/budgets.py",
-        (("if limits.uses is not None and uses > limits.uses:", "if False:"),),
+        "service/accounts.py",
+        (("if account.uses is not None and total > account.uses:", "if False:"),),
     ),
     "scope": Control(
         "out_of_scope_refused",
@@ -108,7 +108,7 @@ CONTROLS = {
     ),
     "revocation": Control(
         "revoked_use_refused",
-        "service/budgets.py",
+        "service/accounts.py",
         (('raise Revoked("this handle, or one it comes from, was revoked")', "pass"),),
     ),
     "inclusion in the log": Control(
