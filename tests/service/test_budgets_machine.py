@@ -200,6 +200,7 @@ class Life(RuleBasedStateMachine):
             return multiple()
         what: dict[str, Callable[[], None]] = {
             "wait": lambda: self.wait(seconds),
+            "expire": lambda: self.wait(max(1, (held.scope.expires or 0) - self.realm.state.clock())),
             "crash of the service": self.crash_of_the_service,
             "crash of the enclave": lambda: self.crash_of_an_enclave(till),
             "another use": lambda: self.use(held, 1 - till, [256]),
@@ -212,6 +213,8 @@ class Life(RuleBasedStateMachine):
     @rule(use=uses, till=st.integers(0, 1))
     def replay(self, use: Open, till: int) -> None:
         assert self.realm.code(lambda: self.tills[till].reserve(use.request)) != ""
+        if use.settled:
+            assert self.realm.code(lambda: use.till.settle(use.number, 0)) != ""
 
     @rule(held=handles)
     def revoke(self, held: Held) -> None:

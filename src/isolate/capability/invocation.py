@@ -65,14 +65,19 @@ class Invocation:
             value: dict[str, Any] = cbor.record(self.body, _FIELDS, max_size=MAX_INVOCATION)
         except MalformedError as error:
             raise _malformed(error.message) from None
-        if value.pop("version") != 1:
+        self._take(value)
+
+    def _take(self, value: dict[str, Any]) -> None:
+        """The fields of a body, once they have the form that they must have."""
+        if value["version"] != 1:
             raise _malformed("it is of another version")
         if any(len(value[name]) != size for name, size in _SIZES.items()) or len(self.signature) != 64:
             raise _malformed("a field has not its length")
         if not 0 <= value["counter"] <= MAX_COUNTER or not 1 <= len(value["operation"]) <= 64:
             raise _malformed("its counter or operation is out of bounds")
-        for name, part in value.items():
-            object.__setattr__(self, name, part)
+        for name in _FIELDS:
+            if name != "version":
+                object.__setattr__(self, name, value[name])
 
     @classmethod
     def sign(
@@ -93,19 +98,27 @@ class Invocation:
         """
         if holder_key.verifying_key.ed25519 != token.holder:
             raise HolderRefused("this key is not the one that the token was issued to")
-        body = cbor.encode(
-            {
-                "argument_hash": argument_hash,
-                "channel_binding": channel_binding,
-                "counter": counter,
-                "handle": token.id,
-                "nonce": nonce,
-                "operation": operation,
-                "operation_digest": operation_digest,
-                "version": 1,
-            }
-        )
-        return cls(body, holder_key.sign(Purpose.INVOCATION, body))
+        value = {
+            "argument_hash": argument_hash,
+            "channel_binding": channel_binding,
+            "counter": counter,
+            "handle": token.id,
+            "nonce": nonce,
+            "operation": operation,
+            "operation_digest": operation_digest,
+            "version": 1,
+        }
+        if any(type(part) is not _FIELDS[name] for name, part in value.items()):
+            raise _malformed("a field is of another type")
+        body = cbor.encode(value)
+        if len(body) > MAX_INVOCATION:
+            raise _malformed("it is too long")
+        # What was just encoded is not read back: that would be a third of the time that signing takes.
+        made = cls.__new__(cls)
+        object.__setattr__(made, "body", body)
+        object.__setattr__(made, "signature", holder_key.sign(Purpose.INVOCATION, body))
+        made._take(value)
+        return made
 
     @property
     def id(self) -> bytes:

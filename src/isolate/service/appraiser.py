@@ -46,6 +46,7 @@ class Appraiser:
         self._log = log
         self._nonces = Secret.generate(32)
         self._opened: tuple[bytes, Policy] | None = None
+        self._identified: tuple[Policy, bytes] | None = None
 
     def policy(self) -> Policy:
         """The policy in force. Raises AppraisalRefused when the owner has given none."""
@@ -58,6 +59,13 @@ class Appraiser:
         if self._opened is None or self._opened[0] != signed:
             self._opened = (signed, SignedPolicy.open(signed, signed_by=self._state.owner).policy)
         return self._opened[1]
+
+    def policy_id(self) -> bytes:
+        """The id of the policy in force: asked with every request of an enclave, so it is worked out once."""
+        policy = self.policy()
+        if self._identified is None or self._identified[0] is not policy:
+            self._identified = (policy, policy.id)
+        return self._identified[1]
 
     def set_policy(self, update: PolicyUpdate) -> Done:
         """Put a policy into force. Raises RefusedError for a sequence that is not higher, or another lineage."""

@@ -85,15 +85,15 @@ class Broker:
     def _caller(self, database: sqlite3.Connection, request: Signed) -> Caller:
         with checking(1, f"signed for {self._state.audience}"):
             key = request.verify(Purpose.ENCLAVE_REQUEST, self._state.audience)
-        policy, now = self._appraiser.policy(), self._state.clock()
-        with checking(2, f"a result of this service, of policy {text(policy.id)}, that has not expired at {now}"):
+        policy, in_force, now = self._appraiser.policy(), self._appraiser.policy_id(), self._state.clock()
+        with checking(2, f"a result of this service, of policy {text(in_force)}, that has not expired at {now}"):
             result = results.verify(
                 request.token,
                 issuer_key=self._state.result_key.verifying_key.ed25519,
                 now=now,
                 INSECURE_accept_simulated=policy.INSECURE_accept_simulated,
             )
-            if result.policy_id != policy.id:
+            if result.policy_id != in_force:
                 raise ResultRefused("this result was made under an earlier policy", code="policy_changed")
         with checking(3, f"the key that instance {text(result.instance)} attested"):
             keys = self._keys(database, result.instance)

@@ -24,6 +24,7 @@ import click
 # Name -> module with `run(rounds: int | None, quick: bool) -> (rounds, figures)`.
 BENCHMARKS: dict[str, str] = {
     "attestation": "isolate.cli.bench.attestation",
+    "handles": "isolate.cli.bench.handles",
     "sealed": "isolate.cli.bench.sealed",
     "service": "isolate.cli.bench.service",
     "channels": "isolate.cli.bench.channels",

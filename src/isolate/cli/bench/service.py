@@ -43,7 +43,7 @@ from isolate.messages.attest import (
     Release,
     ReleaseRequest,
 )
-from isolate.messages.base import Signed
+from isolate.messages.base import M, Message, Signed
 from isolate.messages.http import ask, post
 from isolate.sealed.recipients import Passphrase
 from isolate.service.log import Log, public_entry
@@ -82,32 +82,27 @@ class Load:
         self._token = post(self._address, "attest", request, AttestAnswer).token
         return time.perf_counter() - begin
 
+    def ask(self, route: str, body: Message, answer: type[M]) -> M:
+        """Ask something as the instance does: signed, under its result, and answered with a signature."""
+        certificate, nonce = self._owner.certificate, secrets.token_bytes(32)
+        purpose = Purpose.ENCLAVE_REQUEST
+        request = Signed.make(purpose, self._signing, body.encode(), nonce, certificate.audience, self._token)
+        return ask(self._address, route, request, answer, certificate.release_key)
+
     def release(self, digest: bytes) -> None:
         """Have the keys of the file with this digest released, once."""
-        body = ReleaseRequest(digest, [], secrets.token_bytes(32)).encode()
-        certificate = self._owner.certificate
-        request = Signed.make(
-            Purpose.ENCLAVE_REQUEST, self._signing, body, secrets.token_bytes(32), certificate.audience, self._token
-        )
-        ask(self._address, "release", request, Release, certificate.release_key)
+        self.ask("release", ReleaseRequest(digest, [], secrets.token_bytes(32)), Release)
 
 
 @contextmanager
-def _served(folder: Path) -> Iterator[tuple[Owner, str, SimulatedRoot, bytes]]:
+def served(folder: Path) -> Iterator[tuple[Owner, str, SimulatedRoot, bytes]]:
     """`isolate serve` as its users run it, with a policy and one small asset; the asset's digest."""
     key, root, address = SigningKey.generate(), SimulatedRoot.generate(), f"unix:{folder}/service"
     key.save(folder / "owner.key")
     command = [sys.executable, "-m", "isolate", "serve", "--state", f"{folder}/state", "--listen", address]
-    command += [
-        "--init",
-        f"{folder}/owner.key",
-        "--passphrase-file",
-        f"{folder}/passphrase",
-        "--name",
-        "bench",
-        "--lineage",
-        "bench",
-    ]
+    command += ["--init", f"{folder}/owner.key", "--passphrase-file", f"{folder}/passphrase"]
+    # One peer asks for everybody here: no rate, for what is measured is the service and not its limit.
+    command += ["--name", "bench", "--lineage", "bench", "--rate", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             for line in process.stdout or ():
@@ -223,7 +218,7 @@ def run(rounds: int | None, quick: bool) -> tuple[int, Figures]:
         folder = Path(name)
         releases: list[float] = []
         attests: list[float] = []
-        with _served(folder) as (owner, address, root, digest):
+        with served(folder) as (owner, address, root, digest):
             loads = [Load(owner, address, root, rank) for rank in range(CLIENTS)]
             for _ in range(rounds):
                 attests += [load.attest() for load in loads for _ in range(2 if quick else 5)]
