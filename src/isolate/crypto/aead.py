@@ -151,20 +151,28 @@ class Cipher:
         self.suite = suite
         self.nonce_size = suite.nonce_size
         self.tag_size = suite.tag_size
-        self._key = Secret(key.expose())
         self.openssl: AESGCM | ChaCha20Poly1305 | None = None
+        self._key: Secret | None = None
         if suite is Suite.AES_256_GCM:
-            self.openssl = AESGCM(self._key.expose())
+            self.openssl = AESGCM(key.expose())
         elif suite is Suite.CHACHA20_POLY1305:
-            self.openssl = ChaCha20Poly1305(self._key.expose())
+            self.openssl = ChaCha20Poly1305(key.expose())
+        else:
+            self._key = Secret(key.expose())
 
     def __repr__(self) -> str:
         return f"Cipher({self.suite.title}, key hidden)"
 
     def wipe(self) -> None:
         """Forget the key; a later call raises UsageError. An OpenSSL context keeps its own copy until freed."""
-        self._key.wipe()
-        self.openssl = None
+        if self._key is not None:
+            self._key.wipe()
+        self.openssl = self._key = None
+
+    def _exposed(self) -> memoryview:
+        if self._key is None:
+            raise UsageError("this key was wiped")
+        return self._key.expose()
 
     def seal_into(self, sealed: Buffer, plaintext: Buffer, nonce: Buffer, data: bytes = b"") -> None:
         """Encrypt ``plaintext`` into ``sealed``, which is tag_size bytes longer. The two may start together."""
@@ -173,7 +181,7 @@ class Cipher:
         if self.openssl is not None:
             self.openssl.encrypt_into(as_bytes(nonce), source, data, target)
             return
-        key = self._key.expose()
+        key = self._exposed()
         if _SODIUM is None:
             target[:] = nacl.bindings.crypto_aead_aegis256_encrypt(bytes(source), data, bytes(nonce), bytes(key))
             return
@@ -197,7 +205,7 @@ class Cipher:
                 wipe(target)
                 return False
             return True
-        key = self._key.expose()
+        key = self._exposed()
         if _SODIUM is None:
             try:
                 target[:] = nacl.bindings.crypto_aead_aegis256_decrypt(

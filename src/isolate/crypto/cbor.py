@@ -53,17 +53,19 @@ def _ordered(value: Any, depth: int = 0) -> Any:
     if depth == MAX_DEPTH:
         raise UsageError("CBOR value is nested too deeply")
     if not isinstance(value, dict):
-        return [_ordered(item, depth + 1) for item in value]
-    kinds = {str if isinstance(key, str) else type(key) for key in value}
-    if kinds - {str} and kinds - {int}:
-        raise UsageError("the keys of a CBOR map are all text or all integers")
-    keys = sorted(value, key=_text_rank) if kinds == {str} else sorted(value, key=_integer_rank)
-    return {key: _ordered(value[key], depth + 1) for key in keys}
+        return [item if type(item) in _AS_THEY_ARE else _ordered(item, depth + 1) for item in value]
+    try:
+        keys = sorted(value, key=_text_rank)
+    except TypeError:
+        if any(type(key) is not int for key in value):
+            raise UsageError("the keys of a CBOR map are all text or all integers") from None
+        keys = sorted(value, key=_integer_rank)
+    return {key: item if type(item := value[key]) in _AS_THEY_ARE else _ordered(item, depth + 1) for key in keys}
 
 
 def _text_rank(key: str) -> tuple[int, bytes]:
-    """What orders texts as their encodings: the length stands before the text."""
-    raw = key.encode()
+    """What orders texts as their encodings: the length stands before the text. Raises TypeError for others."""
+    raw = str.encode(key)
     return len(raw), raw
 
 
@@ -120,7 +122,10 @@ def _head(raw: bytes, at: int) -> tuple[int, int, int]:
 
 
 def _read(raw: bytes, at: int, depth: int) -> tuple[Any, int]:
-    major, argument, at = _head(raw, at)
+    if at < len(raw) and raw[at] & 31 < 24:
+        major, argument, at = raw[at] >> 5, raw[at] & 31, at + 1
+    else:
+        major, argument, at = _head(raw, at)
     if major == _UNSIGNED:
         return argument, at
     if major == _NEGATIVE:
