@@ -303,6 +303,7 @@ class Listener:
 
     async def accept(self, timeout: float | None = None) -> Channel:
         """The next channel, after its handshake. Raises HandshakeRefused, ChannelTimeout or ChannelClosed."""
+        core = Handshake(initiator=False, **self._options)
         try:
             async with asyncio.timeout(timeout), self._turn:
                 sock, _ = await asyncio.get_running_loop().sock_accept(self._sock)
@@ -310,7 +311,7 @@ class Listener:
             raise ChannelTimeout("nobody connected in time") from None
         except OSError:
             raise ChannelClosed("the listener is closed") from None
-        return await _establish(sock, self._timeout, Handshake(initiator=False, **self._options))
+        return await _establish(sock, self._timeout, core)
 
     async def close(self) -> None:
         close_listening(self._sock, self.address)

@@ -190,7 +190,8 @@ class Handshake:
         self.initiator = initiator
         self._suites = tuple(suites) or (fastest_suite(), *Suite)
         self._rekey = rekey
-        self._ephemeral = ephemeral
+        # A responder has its key before anybody connects; an initiator makes its own while it is being accepted.
+        self._ephemeral = CurveKey.generate() if ephemeral is None and not initiator else ephemeral
         self._salt = secrets.token_bytes(32) if salt is None else salt
         self.state = State.IDLE if initiator else State.WAIT_FIRST
         self._process = os.getpid()

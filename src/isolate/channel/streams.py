@@ -207,6 +207,7 @@ class Listener:
         ``timeout`` is how long to wait for somebody to connect. Raises HandshakeRefused when that peer is refused,
         ChannelTimeout when it is too slow or nobody came, ChannelClosed when the listener was closed.
         """
+        core = Handshake(initiator=False, **self._options)
         try:
             self._sock.settimeout(timeout)
             sock, _ = self._sock.accept()
@@ -215,7 +216,7 @@ class Listener:
         except OSError:
             raise ChannelClosed("the listener is closed") from None
         shm = self.address.startswith("shm:")
-        return _establish(sock, self._timeout, Handshake(initiator=False, **self._options), shm=shm)
+        return _establish(sock, self._timeout, core, shm=shm)
 
     def close(self) -> None:
         close_listening(self._sock, self.address)
