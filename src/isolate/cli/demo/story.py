@@ -23,9 +23,11 @@ from isolate.attestation.policy import Policy, Reference
 from isolate.cli.demo import attacks
 from isolate.cli.demo.search import canary, encoded, find, needles_of, search
 from isolate.cli.demo.world import World, isolate_command
+from isolate.client.approve import Exporter, Wish, approve_export, read_approval
 from isolate.client.handle import Handle, attach
 from isolate.client.owner import Owner
 from isolate.crypto import x509
+from isolate.crypto.kem import Identity
 from isolate.crypto.signing import SigningKey
 from isolate.errors import IsolateError
 from isolate.launch.measure import runtime_files
@@ -79,7 +81,8 @@ class Story:
 
     def tell(self) -> None:
         for number, step in enumerate((
-            self.start, self.seal, self.attest, self.train, self.reopen, self.use, self.audit, self.look,
+            self.start, self.seal, self.attest, self.train, self.reopen, self.use, self.export, self.audit,
+            self.look,
         ), 1):  # fmt: skip
             began = time.monotonic()
             self._say(f"\n{number}. {(step.__doc__ or '').strip()}")
@@ -358,6 +361,32 @@ class Story:
         return answers
 
     # 7
+    def export(self) -> None:
+        """Plaintext leaves the service only when two of three people approve."""
+        people, archive = [SigningKey.generate() for _ in range(3)], Identity.generate()
+        self.owner.set_approvers([one.verifying_key for one in people], 2)
+        newest, audience = self.owner.newest("digits/model"), self.owner.certificate.audience
+        wish = Wish(audience, "digits/model", newest.digest, archive.recipient.raw, "yearly archive")
+
+        def export(approvers: list[SigningKey]) -> dict[str, Any]:
+            given = [read_approval(approve_export(wish, one)) for one in approvers]
+            exporter = Exporter(
+                given, archive, service=self.world.address("service"), owner=self.world.key.verifying_key,
+                lineage=LINEAGE,
+            )  # fmt: skip
+            return sealed.load_file(self.world.assets / "digits-model.sealed", identity=exporter)
+
+        self.refused(
+            "lone_administrator_refused",
+            "approvals_missing",
+            lambda: export(people[:1]),
+            "one administrator alone asks for the model in plaintext",
+        )
+        model = export(people[:2])
+        same = all(np.array_equal(model[name], value) for name, value in self.model.items())
+        self.expect("two_export", same, "two of them export it, to a destination that both named; it is in the log")
+
+    # 8
     def audit(self) -> None:
         """The log of releases and uses is verified from outside."""
         certificate = self.owner.certificate
@@ -382,7 +411,7 @@ class Story:
             f"the log of {late.size} entries continues the one of {self.early.size}; a forked one does not",
         )
 
-    # 8
+    # 9
     def look(self) -> None:
         """What the operator saw."""
         needles = canary(self.canary)
