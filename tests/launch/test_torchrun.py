@@ -101,9 +101,10 @@ def test_both_sides_know_the_same_names() -> None:
 @pytest.mark.threat("LAUNCH-3")
 def test_what_torchrun_tells_gets_in_and_nothing_else(worker: Callable[..., Worker]) -> None:
     hostile = {"LD_PRELOAD": "", "PYTHONPATH": "/nowhere", "TORCH_LOGS": "all", "GLOO_SOCKET_IFNAME": "lo"}
-    one = worker(**TOLD, **hostile)
+    one = worker(**TOLD, **hostile, ISOLATE_TRANSPORT="tcp", ISOLATE_APPLICATION="/nowhere")
     inside = one.event()["environment"]
-    known = {"ISOLATE_APPLICATION", "ISOLATE_ATTEST_FD", "ISOLATE_SERVICE", "LC_CTYPE"}
+    assert inside["ISOLATE_APPLICATION"] != "/nowhere"
+    known = {"ISOLATE_APPLICATION", "ISOLATE_ATTEST_FD", "ISOLATE_SERVICE", "ISOLATE_TRANSPORT", "LC_CTYPE"}
     assert {name: value for name, value in inside.items() if name in TOLD} == TOLD
     assert set(inside) - known == {*TOLD, *(f"ISOLATE_{name}" for name in TOLD)}
     assert one.end(signal.SIGTERM) == 128 + signal.SIGTERM

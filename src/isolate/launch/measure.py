@@ -48,7 +48,6 @@ _LIBRARIES = re.compile(r"(nvidia|cuda)-[a-z0-9._-]+", re.IGNORECASE)
 # Of an extra only what a process can load: torch's tree holds as many headers and tests again.
 _LOADED = re.compile(r".*\.(py|so(\.\d+)*)|torch_shm_manager")
 _NOT_LOADED = {"test", "tests", "include", "share"}
-_TESTING = ("torch", "testing", "_internal")
 # Parts of the standard library that no enclave loads and that vary from build to build.
 _NO_STDLIB = {
     "site-packages",
@@ -159,11 +158,7 @@ def runtime_files(extras: tuple[str, ...] = ()) -> Mapping[str, Path]:
 
 def _is_loaded(path: str) -> bool:
     *folders, name = path.split("/")
-    return (
-        _LOADED.fullmatch(name) is not None
-        and not _NOT_LOADED.intersection(folders)
-        and tuple(folders[:3]) != _TESTING
-    )
+    return _LOADED.fullmatch(name) is not None and not _NOT_LOADED.intersection(folders)
 
 
 def _with_libraries(names: tuple[str, ...]) -> list[str]:

@@ -123,9 +123,10 @@ class Platform:
 
     def _python(self, arguments: list[str], *, check: bool) -> None:
         command = [*self._command(writable=True), *arguments]
-        done = subprocess.run(command, env={}, stdin=subprocess.DEVNULL, capture_output=True)
+        done = subprocess.run(command, env={}, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if check and done.returncode != 0:
-            raise StorageError("the runtime snapshot does not import", hint="is the installation complete?")
+            why = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:200]
+            raise StorageError(f"the runtime snapshot does not import: {why}", hint="is the installation complete?")
 
     def _command(self, *, writable: bool = False) -> list[str]:
         # -I -S: no environment, no user site, no .pth files. Compiled code comes from the prefix alone, which

@@ -28,6 +28,8 @@ PASSED = (
     "TORCHELASTIC_USE_AGENT_STORE",
     "WORLD_SIZE",
 )
+# Where the ranks of a group meet: docs/spec/process-group.md. Read as they are, inside.
+MEETING = ("ISOLATE_BIND", "ISOLATE_LINKS", "ISOLATE_TRANSPORT")
 _STEM = 40  # characters of an application's name that its enclaves keep
 
 
@@ -35,7 +37,8 @@ def places(environment: Mapping[str, str]) -> dict[str, str]:
     """ISOLATE_* names for an enclave; nothing where no torchrun (or who acts like it) started this process."""
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return {}
-    return {f"ISOLATE_{name}": environment[name] for name in PASSED if name in environment}
+    told = {f"ISOLATE_{name}": environment[name] for name in PASSED if name in environment}
+    return told | {name: environment[name] for name in MEETING if name in environment}
 
 
 def enclave_name(application: str, rank: int) -> str:

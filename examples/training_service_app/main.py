@@ -1,0 +1,36 @@
+"""The same training as an enclave: attested workers, encrypted gradients, sealed data in, sealed checkpoints out.
+
+Mode: workload. This code sees plaintext, because the owner's policy names its measurement.
+"""
+
+import os
+
+import torch.distributed as dist
+import training
+
+import isolate
+from isolate.torch.checkpoint import SealedStorageReader, SealedStorageWriter
+
+DATA, MODEL = "digits/train", "digits/model"
+
+
+def main():
+    with isolate.join() as workload:
+        dist.init_process_group("isolate", pg_options=workload)
+        slot = workload.slot
+        workload.report(
+            "joined", rank=slot.rank, of=dist.get_world_size(), generation=slot.generation, pid=os.getpid()
+        )
+        folder = workload.locate(MODEL).with_suffix("")
+        training.train(
+            isolate.sealed.load_file(workload.locate(DATA), identity=workload),
+            reader=SealedStorageReader(folder, identity=workload) if folder.exists() else None,
+            writer=lambda epoch: SealedStorageWriter(
+                folder, sign=workload, model_id=MODEL, epoch=epoch, overwrite=True
+            ),
+            report=workload.report if slot.rank == 0 else lambda name, **facts: None,
+        )
+        dist.destroy_process_group()
+
+
+main()
