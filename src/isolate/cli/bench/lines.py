@@ -28,16 +28,19 @@ from isolate.attestation.evidence import Envelope, KeyDigests, Runtime, Slot
 from isolate.attestation.policy import Policy, Reference
 from isolate.attestation.result import issue
 from isolate.channel import Attested, Expect, connect, listen, ring
+from isolate.crypto import x509
 from isolate.crypto.aead import Suite
 from isolate.crypto.exchange import CurveKey
 from isolate.crypto.secret import Secret
 from isolate.crypto.signing import SigningKey
-from isolate.crypto.tls import self_signed
+from isolate.crypto.spiffe import Grant, LeafKey, RootKey, read_request, spiffe_id
 from isolate.errors import UnavailableError
 from isolate.launch.root import SimulatedRoot
 
 LARGEST = 32 << 20  # bytes
 _NAME = "bench.invalid"
+# A kind may name its suite: tcp_gcm, tcp_aegis. Without, it is what a channel asks for by itself.
+_SUITES = {"gcm": (Suite.AES_256_GCM,), "aegis": (Suite.AEGIS_256,)}
 
 
 def attested_pair() -> tuple[Attested, Attested, Callable[[int], Expect]]:
@@ -153,22 +156,29 @@ class Lines:
 
     def __init__(self, folder: Path) -> None:
         self.first, self.second, self.expect = attested_pair()
-        key, certificate = self_signed(_NAME, not_before=int(time.time()) - 60, not_after=int(time.time()) + 86400)
-        self._pem = folder / "bench.pem"
-        self._pem.write_bytes(key + certificate)
         self._folder = folder
+        # As mutual TLS is used: each end has a certificate of one authority, and trusts that authority alone.
+        begin, end = int(time.time()) - 60, int(time.time()) + 86400
+        root = RootKey(Secret.generate(32), "bench")
+        own = root.certificate("bench", not_before=begin, not_after=end)
+        (folder / "root.pem").write_bytes(x509.pem(own))
+        for rank in (0, 1):
+            key, uri = LeafKey.generate(), spiffe_id("bench", "bench", rank)
+            grant = Grant(uri, _NAME, "bench", b"bench", begin, end)
+            leaf = root.issue(own, read_request(key.request()), grant)
+            (folder / f"rank{rank}.pem").write_bytes(key.to_pem() + x509.pem(leaf))
 
     def context(self, *, server: bool) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_cert_chain(self._pem)
-        context.load_verify_locations(self._pem)
+        context.load_cert_chain(self._folder / f"rank{int(server)}.pem")
+        context.load_verify_locations(self._folder / "root.pem")
         context.verify_mode = ssl.CERT_REQUIRED
         return context
 
     def listen(self, kind: str) -> tuple[Any, str]:
         """The listening end of a kind (``tcp``, ``tcp_gcm``, ``unix``, ``tls_tcp``, ...) and its address."""
-        suites = (Suite.AES_256_GCM,) if kind.endswith("_gcm") else ()
+        suites = _SUITES.get(kind.rpartition("_")[2], ())
         if kind.startswith(("plain", "tls")):
             unix = not kind.endswith("tcp")
             sock = socket.socket(socket.AF_UNIX if unix else socket.AF_INET, socket.SOCK_STREAM)
@@ -190,7 +200,7 @@ class Lines:
 
     def connect(self, kind: str, address: str, context: ssl.SSLContext) -> Line:
         if not kind.startswith(("plain", "tls")):
-            suites = (Suite.AES_256_GCM,) if kind.endswith("_gcm") else ()
+            suites = _SUITES.get(kind.rpartition("_")[2], ())
             return Ours(
                 connect(address, identity=self.first, expect=self.expect(1), suites=suites, purpose="bench")
             )
