@@ -79,12 +79,14 @@ class Operation:
     output: Output
     digest: bytes
     function: Callable[..., Any] = field(repr=False)
-    reply_size: int = field(init=False)
     seeded: bool = False
     price: Callable[..., int] | None = field(default=None, repr=False)
+    reply_size: int = 0
 
     def __attrs_post_init__(self) -> None:
-        object.__setattr__(self, "reply_size", size_of(self.output))
+        # Worked out once, and kept where a minimum group makes another one of it: no group makes a reply longer.
+        if not self.reply_size:
+            object.__setattr__(self, "reply_size", size_of(self.output))
 
     def decode(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments as the function takes them. Raises CapabilityRefused, code ``bad_argument``."""
