@@ -201,6 +201,30 @@ def test_a_listener_wants_an_identity_for_tls_alone(realm: Any) -> None:
             Listener(application, Address.parse(address), identity=made)
 
 
+@pytest.mark.threat("SVC-30")
+def test_a_courier_reaches_the_pinned_service_and_no_other(
+    listening: Callable[..., str], impostors: Callable[[ssl.SSLContext], Impostor], tmp_path: Path, realm: Any
+) -> None:
+    """An enclave without a network asks the courier, which ends TLS: it hides nothing from that one."""
+    address, impostor = listening("tls:127.0.0.1:0", identity()), impostors(identity().context())
+    wrong = f"tls:127.0.0.1:{impostor.port}#{address.partition('#')[2]}"
+    routes = [f"--route=good=unix:{tmp_path}/good>{address}", f"--route=wrong=unix:{tmp_path}/wrong>{wrong}"]
+    command = [sys.executable, "-m", "isolate.launch.courier", *routes]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as courier:
+        try:
+            assert courier.stdout is not None
+            assert courier.stdout.readline() == "ready\n"
+            assert certificate(f"unix:{tmp_path}/good") == realm.state.certificate
+            assert code(lambda: certificate(f"unix:{tmp_path}/wrong")) == "service_unavailable"
+        finally:
+            courier.kill()
+            _, said = courier.communicate()
+    impostor.close()
+    assert (said, b"".join(impostor.got)) == ("wrong: tls_refused\n", b"")
+
+
 # The key of the listener
 
 

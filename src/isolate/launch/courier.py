@@ -19,8 +19,8 @@ from typing import Self
 
 from attrs import frozen
 
-from isolate.errors import UsageError
-from isolate.messages.http import parse_address
+from isolate.errors import RefusedError, UsageError
+from isolate.messages.http import Address, check_pin, parse_address, tls_context
 
 CHUNK = 256 * 1024
 
@@ -40,7 +40,7 @@ class Route:
         listen, arrow, target = rest.partition(">")
         if not (name and equals and arrow):
             raise UsageError(f"{text!r} is no route", hint="NAME=LISTEN>TARGET")
-        parse_address(listen), parse_address(target)
+        parse_address(listen), Address.parse(target)
         return cls(name, listen, target)
 
 
@@ -75,13 +75,11 @@ class Courier:
         return await asyncio.start_server(accept, host, port, limit=CHUNK)
 
     async def _carry(self, route: Route, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        kind, host, port = parse_address(route.target)
         try:
-            if kind == "unix":
-                far_reader, far_writer = await asyncio.open_unix_connection(host, limit=CHUNK)
-            else:
-                far_reader, far_writer = await asyncio.open_connection(host, port, limit=CHUNK)
-        except OSError:
+            far_reader, far_writer = await _open(Address.parse(route.target))
+        except (OSError, RefusedError) as error:
+            if isinstance(error, RefusedError):
+                print(f"{route.name}: {error.code}", file=sys.stderr, flush=True)
             writer.close()
             return
         # Counted once it is one: whoever comes before the listener is there is turned away, and tries again.
@@ -139,6 +137,23 @@ class Courier:
                     print(json.dumps({"pid": os.getpid(), "connections": self.connections}), flush=True)
                 case _:
                     print("unknown command", flush=True)
+
+
+async def _open(target: Address) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Raises OSError, and RefusedError when another server answers than a ``tls:`` address names."""
+    if target.kind == "unix":
+        return await asyncio.open_unix_connection(target.host, limit=CHUNK)
+    if target.kind == "tcp":
+        return await asyncio.open_connection(target.host, target.port, limit=CHUNK)
+    reader, writer = await asyncio.open_connection(
+        target.host, target.port, limit=CHUNK, ssl=tls_context(target), server_hostname=target.host
+    )
+    try:
+        check_pin(target, writer.get_extra_info("ssl_object").getpeercert(binary_form=True))
+    except RefusedError:
+        writer.transport.abort()
+        raise
+    return reader, writer
 
 
 def _numbers(*words: str) -> bool:

@@ -114,6 +114,21 @@ def _left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.001)
 
 
+def tls_context(address: Address) -> ssl.SSLContext:
+    """For the client of a ``tls:`` address, who also calls ``check_pin`` before sending anything."""
+    return _context(address.pin is not None)
+
+
+def check_pin(address: Address, shown: bytes | None) -> None:
+    """Raise RefusedError (code ``tls_refused``) where a certificate is pinned and ``shown`` (DER) is another."""
+    if address.pin not in (None, hashlib.sha256(shown or b"").digest()):
+        raise RefusedError(
+            f"{address.host} shows another certificate than the pinned one",
+            code="tls_refused",
+            hint="look at the address that `isolate serve` prints",
+        )
+
+
 @lru_cache(maxsize=2)
 def _context(pinned: bool) -> ssl.SSLContext:
     context = ssl.create_default_context()
@@ -156,7 +171,7 @@ class _Connection(http.client.HTTPConnection):
         try:
             plain.settimeout(_left(self._deadline))
             # From here on the descriptor is the new socket's, also when the handshake fails.
-            secured = _context(where.pin is not None).wrap_socket(plain, server_hostname=where.host)
+            secured = tls_context(where).wrap_socket(plain, server_hostname=where.host)
         except ssl.SSLCertVerificationError:
             hint = "add the pin that `isolate serve` prints: tls:host:port#PIN"
             raise RefusedError(
@@ -164,13 +179,11 @@ class _Connection(http.client.HTTPConnection):
             ) from None
         finally:
             plain.close()
-        shown = hashlib.sha256(secured.getpeercert(binary_form=True) or b"").digest()
-        if where.pin not in (None, shown):
+        try:
+            check_pin(where, secured.getpeercert(binary_form=True))
+        except RefusedError:
             secured.close()
-            hint = "look at the address that `isolate serve` prints"
-            raise RefusedError(
-                f"{where.host} shows another certificate than the pinned one", code="tls_refused", hint=hint
-            )
+            raise
         return secured  # type: ignore[return-value]
 
 
