@@ -130,16 +130,22 @@ def test_a_reference_is_no_right(realm: Any, serve: Callable[[], Server]) -> Non
     child = analyst.ask(server, narrowed, finetune, add=1).value
     # From here on it is open in this enclave, and in the other one it is not.
     assert analyst.ask(server, narrowed, total, model=child).value == 14
-    used = len(realm.entries("use"))
+    used, held = len(realm.entries("use")), ((team, token), (other, sibling))
     for enclave in (server, serve()):
-        for person, held in ((team, token), (other, sibling)):
-            assert person.ask(enclave, held, total, model=child).code == "scope_exceeded"
-            mine = {**child, "handle": held.id}
-            assert person.ask(enclave, held, total, model=mine).code == "scope_exceeded"
+        for person, mine in held:
+            assert person.ask(enclave, mine, total, model=child).code == "scope_exceeded"
     for name in ("c/d", "a/b", "a/b/derived/../../c", "a/b/derived/" + "0" * 31, "x/derived/" + "0" * 32, ""):
         assert analyst.ask(server, narrowed, total, model={**child, "asset": name}).code == "scope_exceeded"
-    assert analyst.ask(serve(), narrowed, total, model={**child, "digest": bytes(32)}).code == "rolled_back"
     assert len(realm.entries("use")) == used  # none of them was worth a use
+    # What only the file itself can say is seen when the use is paid for.
+    for enclave in (server, serve()):
+        for person, mine in held:
+            changed = {**child, "handle": mine.id}
+            assert person.ask(enclave, mine, total, model=changed).code == "scope_exceeded"
+    assert analyst.ask(serve(), narrowed, total, model={**child, "digest": bytes(32)}).code == "rolled_back"
+    spent, released = token.attenuate(team.key, Scope(uses=0)), len(realm.entries("release"))
+    assert team.ask(serve(), spent, total, model={**child, "handle": spent.id}).code == "budget_exhausted"
+    assert len(realm.entries("release")) == released
 
 
 @pytest.mark.threat("ENC-38")

@@ -52,20 +52,26 @@ class Derivations:
         registered = self._workload.derive(name, tensors, invocation=invocation.id, metadata=metadata)
         return {"asset": name, "digest": registered.digest, "handle": handle}
 
-    def view(self, reference: dict[str, Any], token: VerifiedToken) -> View:
-        """The tensors, for the holder of this token.
+    def check(self, reference: dict[str, Any], token: VerifiedToken) -> None:
+        """What can be said without opening it. Raises ScopeExceeded.
 
         1. The chain has the handle that the asset was made through.
         2. The name is one of this asset's derivations.
-        3. The file has the digest of the reference, and the service releases its keys.
-        4. The enclave that sealed it wrote the same asset and handle into it.
-
-        Raises ScopeExceeded for 1, 2 and 4, and what the service or the file raises.
         """
         if reference["handle"] not in token.handles:  # 1
             raise ScopeExceeded("this handle does not descend from the one that the asset was made through")
         if not is_derived_of(reference["asset"], self._asset):  # 2
             raise ScopeExceeded("this was not made of the token's asset")
+
+    def view(self, reference: dict[str, Any], token: VerifiedToken) -> View:
+        """The tensors, for the holder of this token: after ``check``, once more,
+
+        3. The file has the digest of the reference, and the service releases its keys.
+        4. The enclave that sealed it wrote the same asset and handle into it.
+
+        Raises ScopeExceeded for 4, and what the service or the file raises.
+        """
+        self.check(reference, token)
         with self._lock:
             found = self._open.get(reference["digest"])
             if found is None or found[0] != reference:

@@ -191,8 +191,8 @@ class Server:
             reserved[other.id] = ReserveRequest(token, part, binding, bound, cost)
             views[name] = self._joined[kind.asset]
         operation = self._limited(operation, invocation, request.arguments)
-        for name in [name for name, kind in operation.inputs.items() if isinstance(kind, Derived)]:
-            views[name] = self._derived.view(decoded[name], invocation.token)
+        for name in _derived_inputs(operation):
+            self._derived.check(decoded[name], invocation.token)
         reserved[invocation.id] = ReserveRequest(request.token, request.invocation, binding, hashed, cost)
         return _Admitted(invocation, operation, decoded | views, reserved)
 
@@ -242,15 +242,24 @@ class Server:
                 given["seed"] = bytes(seed.expose())
         with contextlib.ExitStack() as lending:
             view = lending.enter_context(self._view.lent())
+            # Only now, when the use is paid for: opening one costs the service a release.
+            opened = {
+                name: self._derived.view(use.decoded[name], use.invocation.token)
+                for name in _derived_inputs(use.operation)
+            }
             # Of a derived or joined asset too the operation gets a view for this invocation only.
             decoded = {
                 name: lending.enter_context(value.lent()) if isinstance(value, View) else value
-                for name, value in use.decoded.items()
+                for name, value in (use.decoded | opened).items()
             }
             result = use.operation.run(view, decoded, **given)
             if isinstance(use.operation.output, Derived):
                 return self._derived.seal(use.invocation, result)
             return result
+
+
+def _derived_inputs(operation: Operation) -> list[str]:
+    return [name for name, kind in operation.inputs.items() if isinstance(kind, Derived)]
 
 
 def peer_pid(channel: Channel) -> int:
