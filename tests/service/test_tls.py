@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import shutil
 import socket
 import ssl
-import stat
 import subprocess
 import sys
 import threading
@@ -229,16 +227,20 @@ def test_a_courier_reaches_the_pinned_service_and_no_other(
 
 
 @pytest.mark.threat("SVC-31")
-def test_the_key_is_made_once_and_read_by_its_user_alone(tmp_path: Path) -> None:
-    made = kept_identity(tmp_path, host="::1", now=NOW)
-    assert kept_identity(tmp_path, host="elsewhere", now=NOW + 10**8) == made
-    assert stat.S_IMODE((tmp_path / "tls.pem").stat().st_mode) == 0o600
-    assert [one.name for one in tmp_path.iterdir()] == ["tls.pem"]
+def test_the_key_is_made_once_and_lies_sealed(realm: Any) -> None:
+    made = kept_identity(realm.state, host="::1", now=NOW)
+    assert kept_identity(realm.state, host="elsewhere", now=NOW + 10**8) == made
+    realm.reopen()
+    assert kept_identity(realm.state, host="elsewhere", now=NOW + 10**8) == made
     assert "PRIVATE" not in repr(made)
     assert made.self_signed
-    (tmp_path / "tls.pem").write_bytes(b"rubbish")
-    assert code(lambda: kept_identity(tmp_path, host="::1", now=NOW)) == "storage"
-    assert code(lambda: kept_identity(tmp_path / "none", host="::1", now=NOW)) == "storage"
+    lines = made.pem.splitlines()
+    for path in (realm.folder / "state").iterdir():
+        content = path.read_bytes()
+        assert not any(line in content for line in lines[1:3]), path.name
+    with realm.state.transaction() as database:
+        database.execute("UPDATE meta SET value = x'00' WHERE key = 'box/tls'")
+    assert code(lambda: kept_identity(realm.state, host="::1", now=NOW)) == "storage"
 
 
 def test_given_files_that_do_not_go_together(tmp_path: Path) -> None:
@@ -272,7 +274,7 @@ def test_a_key_with_a_passphrase_asks_nobody(tmp_path: Path) -> None:
 def test_it_serves_what_it_says_and_keeps_its_pin(serving: Callable[..., Any]) -> None:
     first = serving("tls:127.0.0.1:0")
     one = certificate(first.address)
-    assert (first.end(), "tls.pem" in os.listdir(first.folder / "state")) == (0, True)  # noqa: PTH208
+    assert first.end() == 0
     again = serving("tls:localhost:0")
     assert again.address.partition("#")[2] == first.address.partition("#")[2] != ""
     assert certificate(again.address) == one
@@ -286,7 +288,6 @@ def test_a_given_certificate(serving: Callable[..., Any], tmp_path: Path) -> Non
     one = serving("tls:127.0.0.1:0", "--tls-cert", f"{tmp_path}/own", "--tls-key", f"{tmp_path}/key")
     assert one.address.endswith(f"#{pin(own)[0].hex()}")
     certificate(one.address)
-    assert not (tmp_path / "state" / "tls.pem").exists()
 
 
 _READ = """

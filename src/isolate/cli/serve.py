@@ -172,7 +172,7 @@ def serve_command(
         if tls_cert and tls_key:
             identity = given_identity(tls_cert, tls_key)
         elif listening.kind == "tls":
-            identity = kept_identity(state, host=listening.host, now=clock())
+            identity = kept_identity(opened, host=listening.host, now=clock())
         serve(
             Application(service, Limits(rate=rate)),
             listening,

@@ -1,10 +1,8 @@
-"""Key and certificate of the service's TLS listener: given as files, or made once and kept in the state's folder.
+"""Key and certificate of the service's TLS listener: given as files, or made once and kept in the state.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     made = kept_identity(folder, host="127.0.0.1", now=1_780_000_000)
-    ...     kept_identity(folder, host="127.0.0.1", now=1_790_000_000).pin == made.pin
-    True
+    >>> key, certificate = tls.self_signed("127.0.0.1", not_before=0, not_after=2_000_000_000)
+    >>> TlsIdentity.read(key + certificate)
+    TlsIdentity(pin=b'...', self_signed=True)
 
 Clients compare the certificate itself with the pin in their address, so what counts is that it stays: neither its
 names nor its dates do. TLS 1.3 only. It hides what the messages do not: digests, names, tokens. Messages stay
@@ -20,10 +18,11 @@ from pathlib import Path
 from attrs import field, frozen
 
 from isolate.crypto import tls
-from isolate.errors import MalformedError, StorageError, UsageError
+from isolate.crypto.secret import Secret
+from isolate.errors import MalformedError, NoRecipient, StorageError, UsageError
+from isolate.service.state import State
 
 LIFETIME = 3650 * 24 * 3600  # seconds: a client that pins it looks at no dates, and another key is another pin
-FILE = "tls.pem"
 
 
 @frozen
@@ -68,25 +67,17 @@ def given_identity(certificate: str | os.PathLike[str], key: str | os.PathLike[s
         raise UsageError(f"{certificate}: {error.message}") from None
 
 
-def kept_identity(folder: str | os.PathLike[str], *, host: str, now: int) -> TlsIdentity:
-    """The one in the state's folder; made, for ``host`` (a name or an IP address), when there is none.
+def kept_identity(state: State, *, host: str, now: int) -> TlsIdentity:
+    """The one that lies in the state, sealed as its other secrets; made, for ``host``, when there is none.
 
-    ``now`` is unix seconds. Raises StorageError.
+    ``host`` is a name or an IP address, ``now`` unix seconds. Raises StorageError.
     """
-    path = Path(folder) / FILE
+
+    def make() -> Secret:
+        return Secret(b"".join(tls.self_signed(host, not_before=now - 24 * 3600, not_after=now + LIFETIME)))
+
     try:
-        if path.exists():
-            return TlsIdentity.read(path.read_bytes())
-        made = b"".join(tls.self_signed(host, not_before=now - 24 * 3600, not_after=now + LIFETIME))
-        partial = path.with_name(f".{FILE}-{os.getpid()}")
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(made)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except MalformedError:
-        raise StorageError(f"{path} cannot be read") from None
-    except OSError as error:
-        raise StorageError(f"cannot keep {path}: {error.strerror}") from None
-    return TlsIdentity.read(made)
+        with state.secret("tls", make) as kept:
+            return TlsIdentity.read(bytes(kept.expose()))
+    except (MalformedError, NoRecipient):
+        raise StorageError("the TLS key in the state cannot be read") from None
