@@ -199,9 +199,7 @@ class Application:
         state = self.service.state
         self.metrics.time.set(state.clock())
         self.metrics.certificate_end.set(state.certificate.not_after)
-        skew = getattr(state.clock, "skew", None)
-        if skew is not None:
-            self.metrics.skew.set(skew())
+        self.metrics.skew.set(state.clock.skew())
         try:
             with state.transaction() as database:
                 _, size = self.service.log.tree(database)

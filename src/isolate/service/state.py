@@ -139,6 +139,11 @@ class _Clock:
         self._last = max(self._last, self._clock())
         return self._last
 
+    def skew(self) -> float:
+        """By how many seconds the machine's clock is ahead, where that is known (isolate.service.clock)."""
+        found: float = getattr(self._clock, "skew", float)()
+        return found
+
 
 class State:
     """An opened state. ``clock`` answers Unix seconds; ``unlock`` opens the keys: what they were made with, or an
