@@ -131,6 +131,9 @@ def test_a_rate_also_counts_uses_through_handles_without_one(realm: Any, till: A
     assert [till.use(free, holder) for _ in range(3)] == [""] * 3
     assert till.use(paced, holder) == "rate_exceeded"
     assert till.use(free, holder) == ""
+    # And they leave the window as they came into it.
+    realm.clock.now += 60
+    assert [till.use(paced, holder) for _ in range(3)] == ["", "", "rate_exceeded"]
 
 
 @pytest.mark.threat("BUD-8")

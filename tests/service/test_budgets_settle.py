@@ -13,10 +13,11 @@ from attrs import evolve
 from isolate.capability.scope import Scope
 from isolate.crypto import merkle
 from isolate.crypto.signing import SigningKey
-from isolate.errors import LogRefused
+from isolate.errors import IsolateError, LogRefused
 from isolate.messages.invoke import Budget, Receipt, SettleRequest
-from isolate.messages.owner import LogAnswer, LogRequest, Revoke
+from isolate.messages.owner import ExplainRequest, Explanation, LogAnswer, LogRequest, Revoke
 from isolate.messages.receipts import verify_receipt
+from isolate.service.explain import CHECKS
 from isolate.service.head import Head
 from isolate.transparency.checkpoint import Checkpoint
 from isolate.transparency.proof import InclusionProof
@@ -227,3 +228,36 @@ def test_a_restored_database_would_mint_budget_and_is_seen_at_start(
     with pytest.raises(LogRefused) as refused:
         Head(realm.state, realm.service.log, tmp_path / "head")
     assert refused.value.code == "log_shrunk"
+
+
+def test_each_check_of_reserve_and_settle_is_explained_by_its_number(
+    realm: Any, till: Any, holder: SigningKey
+) -> None:
+    token = realm.grant(holder, uses=20)
+    good = realm.use(token, holder)
+    spent = realm.grant(holder, uses=0)
+    ended = realm.grant(holder)
+    realm.tell("revoke", Revoke(ended.id))
+    done = till.reserve(realm.use(token, holder)).invocation
+    till.settle(done)
+    opened, late = (till.reserve(realm.use(token, holder)).invocation for _ in range(2))
+    deputy = type(till)(realm, realm.enclave("other", rank=3))
+    tried: list[tuple[str, int, Any]] = [
+        ("reserve", 7, lambda: till.reserve(evolve(good, token=b"rubbish"))),
+        ("reserve", 8, lambda: till.reserve(evolve(good, argument_hash=b"x" * 32))),
+        ("reserve", 9, lambda: deputy.reserve(good)),
+        ("reserve", 10, lambda: till.reserve(realm.use(ended, holder))),
+        ("reserve", 11, lambda: (till.reserve(good), till.reserve(good))),
+        ("reserve", 12, lambda: till.reserve(realm.use(spent, holder))),
+        ("settle", 7, lambda: deputy.settle(opened)),
+        ("settle", 8, lambda: till.settle(done)),
+        ("settle", 9, lambda: till.settle(opened, 257)),
+        ("settle", 10, lambda: (realm.tell("revoke", Revoke(token.id)), till.settle(late))),
+    ]
+    for route, number, attempt in tried:
+        with pytest.raises(IsolateError) as refused:
+            attempt()
+        found = realm.tell("explain", ExplainRequest(refused.value.request_id), Explanation)
+        assert (found.route, found.code) == (route, refused.value.code)
+        failed = [(one["number"], one["name"]) for one in found.checks if one["passed"] is False]
+        assert failed == [(number, CHECKS[route][number - 1])]

@@ -217,14 +217,19 @@ class Broker:
         return asset, bytes(header), bytes(directory), epoch
 
     @staticmethod
-    def allow(database: sqlite3.Connection, asset: str, measurement: str, column: str) -> None:
-        """Raises ReleaseRefused unless the asset's rule names this measurement among its readers or writers."""
+    def allow(
+        database: sqlite3.Connection, asset: str, measurement: str, column: str, *, check: int | None = None
+    ) -> None:
+        """Raises ReleaseRefused unless the asset's rule names this measurement among its readers or writers.
+
+        ``check``: which one of its route this is; that of a release or a registration when it is not given.
+        """
         ruled = derived.readers_rule(database, asset) if column == "readers" else asset
         row = database.execute("SELECT readers, writers FROM rule WHERE asset = ?", (ruled,)).fetchone()
         names: list[Any] = cbor.decode(bytes(row[0 if column == "readers" else 1])) if row else []
         if measurement not in names:
             error = ReleaseRefused(f"the owner's rule for {asset} does not name {measurement}", code="rule_denied")
-            number = 8 if column == "readers" else 7
+            number = check or (8 if column == "readers" else 7)
             raise because(number, error, expected=", ".join(names) or "nobody", found=measurement)
 
     def set_rule(self, rule: AssetRule) -> Done:

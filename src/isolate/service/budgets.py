@@ -46,6 +46,7 @@ from isolate.messages.limits import AssetLimits
 from isolate.messages.owner import Done, Revoke
 from isolate.service import accounts
 from isolate.service.broker import Broker, Caller
+from isolate.service.explain import because, checking, text
 from isolate.service.log import Log
 from isolate.service.state import State
 
@@ -99,20 +100,25 @@ class Budgets:
         subject, use = caller.result.instance, dict[str, Any]()
         try:
             with self._state.transaction():
-                token = self._verify(request.token)
+                with checking(7, f"a grant of this owner's, of this epoch, good at {self._state.clock()}"):
+                    token = self._verify(request.token)
                 subject, use = token.handles[0], {"asset": token.asset, "handle": token.id}
-                invocation = verify_invocation(
-                    Invocation.parse(request.invocation),
-                    token,
-                    channel_binding=request.channel_binding,
-                    argument_hash=request.argument_hash,
-                )
+                with checking(8, "made by the handle's holder, for this channel, these arguments, in its scope"):
+                    invocation = verify_invocation(
+                        Invocation.parse(request.invocation),
+                        token,
+                        channel_binding=request.channel_binding,
+                        argument_hash=request.argument_hash,
+                    )
                 use["operation"] = invocation.operation
-                Broker.allow(database, token.asset, caller.result.measurement, "readers")
-                accounts.check_revoked(database, token.handles)
+                Broker.allow(database, token.asset, caller.result.measurement, "readers", check=9)
+                with checking(10, f"none of {', '.join(text(one) for one in token.handles)} revoked"):
+                    accounts.check_revoked(database, token.handles)
                 spent = accounts.accounts_of(database, token)
-                self._open(database, caller, invocation, [one.id for one in spent], request.bytes_out)
-                accounts.spend(database, spent, uses=1, bytes_out=request.bytes_out, now=self._state.clock())
+                with checking(11, f"invocation {text(invocation.id)} never reserved before"):
+                    self._open(database, caller, invocation, [one.id for one in spent], request.bytes_out)
+                with checking(12, f"one use and {request.bytes_out} bytes left in every account"):
+                    accounts.spend(database, spent, uses=1, bytes_out=request.bytes_out, now=self._state.clock())
                 details = {**use, "invocation": invocation.id, "bytes_out": request.bytes_out}
                 return invocation.id, self._log.append(database, "use", details)
         except RefusedError as refusal:
@@ -147,20 +153,25 @@ class Budgets:
         ).fetchone()
         # One answer for both: nobody learns from it what others have open.
         if row is None or bytes(row[0]) != caller.result.instance:  # 7
-            raise CapabilityRefused("this instance has not reserved this use", code="unknown_reservation")
+            unknown = CapabilityRefused("this instance has not reserved this use", code="unknown_reservation")
+            found = text(bytes(row[0])) if row else "nobody"
+            raise because(7, unknown, expected=text(caller.result.instance), found=found)
         _, asset, handles, spent, reserved, expires, settled = row
         chain = accounts.parted(bytes(handles))
         use = {"asset": asset, "handle": chain[-1], "invocation": request.invocation}
         try:
             with self._state.transaction():
-                if settled:  # 8
-                    raise CapabilityRefused("this use was settled before", code="replayed")
-                if request.bytes_out > reserved:  # 9
-                    raise OutputRefused(f"{reserved} bytes were reserved for this reply, which is longer")
-                if expires is not None and self._state.clock() >= expires:  # 10
-                    raise CapabilityRefused("this handle expired during the use", code="expired")
-                accounts.check_revoked(database, chain)
-                Broker.allow(database, asset, caller.result.measurement, "readers")
+                with checking(8, "an open reservation"):
+                    if settled:
+                        raise CapabilityRefused("this use was settled before", code="replayed")
+                with checking(9, f"at most {reserved} bytes"):
+                    if request.bytes_out > reserved:
+                        raise OutputRefused(f"{reserved} bytes were reserved for this reply, which is longer")
+                with checking(10, f"a handle that is good at {self._state.clock()}, none of its chain revoked"):
+                    if expires is not None and self._state.clock() >= expires:
+                        raise CapabilityRefused("this handle expired during the use", code="expired")
+                    accounts.check_revoked(database, chain)
+                Broker.allow(database, asset, caller.result.measurement, "readers", check=10)
                 accounts.refund(database, accounts.parted(bytes(spent)), reserved - request.bytes_out)
                 database.execute("UPDATE reservation SET settled = 1 WHERE invocation = ?", (request.invocation,))
                 details = {**use, "bytes_out": request.bytes_out, "code": request.code}

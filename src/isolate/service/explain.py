@@ -35,6 +35,8 @@ CHECKS: dict[str, tuple[str, ...]] = {
     "register": (*_ACTING, "writer", "epoch"),
     "certify": _ACTING,
     "standing": _ACTING,
+    "reserve": (*_ACTING, "token", "invocation", "rule", "revocation", "replay", "accounts"),
+    "settle": (*_ACTING, "reservation", "settled", "bytes", "handle"),
 }
 
 E = TypeVar("E", bound=IsolateError)
