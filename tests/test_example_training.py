@@ -57,7 +57,8 @@ def example() -> Iterator[Any]:
     sys.path.insert(0, str(EXAMPLES))
     yield load("training_service")
     sys.path.remove(str(EXAMPLES))
-    sys.modules.pop("stage", None)
+    for name in ("stage", "training", "training_service"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,21 @@ def test_a_torch_worker_of_another_job_takes_no_rank_of_this_one(
     assert refused[0]["code"] == "wrong_terms"
     assert "rank 1 failed" in refused[0]["text"]
     assert "rank 0 failed" in refused[1]["text"]
+
+
+@pytest.mark.threat("LAUNCH-8")
+def test_a_tap_between_two_hosts_finds_nothing_of_torch_training(example: Any, tmp_path: Path) -> None:
+    hosts = load("training_hosts")
+    if reason := hosts.why_not():
+        pytest.skip(reason)
+    (tmp_path / "operator").mkdir()
+    seen = hosts.main(tmp_path)
+    plain, sealed = seen["plainly"], seen["as enclaves"]
+    assert (plain["status"], sealed["status"]) == ([0, 0], [0, 0])
+    # The tap works: what a plain run sends is in it, and as much was sent the other time.
+    assert all(plain[what] > 100 for what in ("data", "weights", "gradients"))
+    assert sealed["bytes"] > plain["bytes"] / 2
+    assert [sealed[what] for what in ("data", "weights", "gradients")] == [0, 0, 0]
 
 
 @pytest.mark.threat("LAUNCH-7")
