@@ -19,7 +19,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from enum import Enum, IntEnum
 from typing import Final
 
@@ -225,8 +225,11 @@ class Handshake:
         """The initiator's first frame."""
         return self.step(Event.START, b"")
 
-    def step(self, event: Event, body: bytes) -> bytes:
-        """Take one frame; answer what must be sent, which may be nothing. Raises HandshakeRefused."""
+    def step(self, event: Event, body: bytes, send: Callable[[bytes], object] | None = None) -> bytes:
+        """Take one frame; answer what must be sent, which may be nothing. Raises HandshakeRefused.
+
+        ``send`` is called with a part that is ready before the rest, so that the peer works on it meanwhile.
+        """
         if event is Event.REFUSE and self.state not in (State.DONE, State.ENDED):
             self.state = State.ENDED
             code = body.decode("ascii", "replace")
@@ -237,6 +240,7 @@ class Handshake:
             raise HandshakeRefused("the process forked during the handshake", code="forked")
         row = TABLE.get((self.state, event))
         before, self.state = self.state, State.ENDED
+        self._send = send
         if row is None:
             raise HandshakeRefused(f"unexpected in this state ({before.value}): {event.name}", code="out_of_order")
         try:
@@ -271,7 +275,7 @@ class Handshake:
         asked = cbor.record(self._noise.read_message(body), {"fresh": bool}, max_size=64)
         if self._noise.remote_static == self._static.public:
             raise HandshakeRefused("these are our own keys: the messages come back to us", code="reflected")
-        third = frame(Event.THIRD, self._noise.write_message(self._terms))
+        third = self._early(frame(Event.THIRD, self._noise.write_message(self._terms)))
         self._finish_noise()
         self._shown_first = show(self._identity, self._statement("initiator", b""), fresh=asked["fresh"])
         return third + frame(Event.SHOW, self._outgoing.encrypt(b"", self._shown_first))
@@ -335,15 +339,22 @@ class Handshake:
         self._shown_first = shown
         before = hashlib.sha256(shown).digest()
         answer = show(self._identity, self._statement("responder", before), fresh=self._asked_fresh)
-        sealed = self._outgoing.encrypt(b"", answer)
+        sealed = self._early(frame(Event.SHOW, self._outgoing.encrypt(b"", answer)))
         self._make_session(peer, answer)
-        return frame(Event.SHOW, sealed) + self._fin()
+        return sealed + self._fin()
 
     def _fin_of_initiator(self, body: bytes) -> bytes:
         self._take_fin(body)
         return b""
 
     # What both sides do alike.
+
+    def _early(self, ready: bytes) -> bytes:
+        """Send this part now if that can be done; answers what is still to be sent of it."""
+        if self._send is None:
+            return ready
+        self._send(ready)
+        return b""
 
     def _begin_noise(self, hello: bytes) -> None:
         prologue = cbor.encode({"protocol": "isolate/channel/v1", "hello": hello, "purpose": self._purpose})

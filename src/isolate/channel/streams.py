@@ -153,7 +153,7 @@ class SocketWire:
                 header = self._read(HEADER_SIZE, deadline)
                 event, size = core.parse(header)
                 body = self._read(core.body_size(event, size), deadline)
-                answer = core.step(event, body)
+                answer = core.step(event, body, self._send_or_gone)
                 if answer:
                     self._send_or_gone(answer)
         except HandshakeRefused as error:
