@@ -85,8 +85,8 @@ class Links:
         self.waiting: int | None = None  # the rank that a collective waits for, now
         self.moved = time.monotonic()  # when a collective last got something
         self.watched: list[Callable[[float], tuple[str, int | None] | None]] = []  # what may be late
-        self.on_point: Callable[[int, Channel], None] | None = None
-        self.on_end: Callable[[], None] | None = None
+        self._on_point: Callable[[int, Channel], None] | None = None
+        self._on_end: Callable[[], None] | None = None
         self._identity, self._peers = peers.attested(), peers
         self._group = group_name(group, ranks)
         self._links: list[Link | None] = [None] * self.size
@@ -98,6 +98,8 @@ class Links:
         self._doors: Doors | None = None
         self._farewell: threading.Thread | None = None
         self._beat = min(BEAT, timeout / 8)
+        # A link's own limit comes after that of what uses it, which knows better whom to blame.
+        self._patience = timeout + max(5.0, timeout / 4)
         self._roster = Roster(ranks, me=rank, beat=self._beat, clock=time.monotonic)
         self._boot = rendezvous.boot()
         if self.size == 1:
@@ -155,7 +157,7 @@ class Links:
             identity=self._identity,
             expect=self._expect(None, control=control),
             purpose="torch/control" if control else "torch/link",
-            timeout=HANDSHAKE if control else max(self.timeout, 1.0),
+            timeout=HANDSHAKE if control else self._patience,
         )
 
     def _hint(self, store: Store, index: int, deadline: float) -> Hint:
@@ -180,7 +182,7 @@ class Links:
                     expect=self._expect(index, control=control),
                     profile="peer",
                     purpose="torch/control" if control else "torch/link",
-                    timeout=min(self.timeout, HANDSHAKE) if control else max(self.timeout, 1.0),
+                    timeout=min(self.timeout, HANDSHAKE) if control else self._patience,
                 )
                 return channel, address
             except (ChannelError, HandshakeRefused) as error:
@@ -241,8 +243,13 @@ class Links:
             )
         if what == LINK and index > self.rank:
             self._add_link(index, channel, address)
-        elif what == POINT and self.on_point is not None:
-            self.on_point(index, channel)
+        elif what == POINT:
+            # A rank that was ready before us may send already.
+            with self._changed:
+                self._changed.wait_for(lambda: self._on_point is not None or self.over, self.timeout)
+            if self._on_point is None:
+                raise HandshakeRefused("the group is over", code="group_over")
+            self._on_point(index, channel)
         else:
             raise HandshakeRefused("no such link", code="malformed")
 
@@ -284,6 +291,12 @@ class Links:
             why = "it did not come in time" if error is None else f"who came was refused: {error.message}"
             raise self._named(missing[0], why, "rank_missing" if error is None else error.code)
 
+    def attach(self, on_point: Callable[[int, Channel], None], on_end: Callable[[], None]) -> None:
+        """Who takes the channels that others open for messages, and who is told that the group is over."""
+        with self._changed:
+            self._on_point, self._on_end = on_point, on_end
+            self._changed.notify_all()
+
     def open_point(self, index: int) -> Channel:
         """A channel of its own for messages to this rank. Raises RankFailed."""
         hint = self._hints[index]
@@ -315,10 +328,16 @@ class Links:
         """A channel to this rank failed: end the group. Answers the error that everybody here gets."""
         if isinstance(error, RankFailed):
             return self.fail(error)
-        if isinstance(error, ChannelClosed) and self._roster.has_left(index):
+        if isinstance(error, ChannelTimeout):
+            return self.late("sending", index)
+        if not isinstance(error, ChannelTruncated | ChannelClosed):
+            return self.fail(self._named(index, error.message, error.code))
+        # Maybe it ended because of another rank: then its control link says so, before that ends too.
+        with self._changed:
+            self._changed.wait_for(lambda: self.over or self._roster.ended(index), 2 * GRACE)
+        if self._roster.has_left(index):
             return self.fail(self._named(index, "it left the group", "rank_left"))
-        gone = isinstance(error, ChannelTruncated | ChannelClosed)
-        return self.fail(self._named(index, "it is gone" if gone else error.message, error.code))
+        return self.fail(self._named(index, "it is gone", "rank_gone"))
 
     def _named(self, index: int, why: str, code: str) -> RankFailed:
         rank = self.ranks[index]
@@ -335,6 +354,8 @@ class Links:
             self._farewell = threading.Thread(target=self._tell_all, args=(error,), daemon=True)
             self._changed.notify_all()
         self._farewell.start()
+        # The others read of the reason before they see links end; but one that does not read must not hold us.
+        self._farewell.join(0.2)
         # Whoever is blocked in a channel wakes up.
         self._give_up_links()
         return error
@@ -343,32 +364,29 @@ class Links:
         for link in self._links:
             if link is not None:
                 link.give_up()
-        if self.on_end is not None:
-            self.on_end()
+        if self._on_end is not None:
+            self._on_end()
 
     def _tell_all(self, error: RankFailed) -> None:
         rank = self.ranks[self.rank] if error.rank is None else error.rank
         message = Failed(rank, error.code).encode()
         # Those that are silent last: sending to them may block.
-        order = sorted(range(self.size), key=self._roster.silent)
+        order = sorted(range(self.size), key=lambda index: (self.ranks[index] == rank, self._roster.silent(index)))
         for index in order:
             control = self._control[index]
-            if control is not None and self.ranks[index] != rank:
+            if control is not None:
                 with contextlib.suppress(IsolateError):
                     control.send(message)
 
     def late(self, what: str, waiting: int | None) -> RankFailed:
         """Time is up for ``what``: name who is to blame, and end the group."""
-        self.check_over()
+        if self.failure is not None:
+            return self.failure
         index, why = self._roster.blame(started=self.started, waiting=waiting)
         others = [self.ranks[one] for one in self._roster.absent(started=self.started) if one != index]
         if others:
             why += f" (nor do ranks {', '.join(map(str, others))} take part)"
         return self.fail(self._named(index, f"{what} did not end in time, and {why}", "rank_timeout"))
-
-    def check_over(self) -> None:
-        if self.failure is not None:
-            raise self.failure
 
     def _watch(self) -> None:
         """Tell the others that we live, and look whether something is late."""
@@ -380,15 +398,16 @@ class Links:
                 self._send_beats()
             for look in list(self.watched):
                 found = look(now)
-                if found is not None and self.failure is None:
-                    with contextlib.suppress(RankFailed):
-                        self.late(*found)
+                if found is not None:
+                    self.late(*found)
+            # Also when nobody waits for it: the job has lost a rank.
             dead = self._roster.dead(self.moved, GRACE)
-            if dead is not None and not self.over and (self.waiting is not None or any(self._links_missing())):
+            if dead is not None:
                 self.fail(self._named(dead, "it is gone", "rank_gone"))
-
-    def _links_missing(self) -> list[int]:
-        return [one for one in range(self.size) if one != self.rank and self._links[one] is None]
+            lost = self._roster.lost(self.timeout)
+            if lost is not None:
+                why = f"it has not been heard of for {self._roster.silent(lost):.1f} s"
+                self.fail(self._named(lost, why, "rank_timeout"))
 
     def _send_beats(self) -> None:
         message = Beat(self.started).encode()
@@ -406,7 +425,9 @@ class Links:
             except ChannelTimeout:
                 continue
             except (ChannelTruncated, ChannelClosed):
-                self._roster.died(index)
+                with self._changed:
+                    self._roster.died(index)
+                    self._changed.notify_all()
                 return
             except IsolateError as error:
                 # Revoked, stale, tampered with, or no control message.
@@ -415,7 +436,9 @@ class Links:
             if isinstance(message, Beat):
                 self._roster.heard(index, started=message.started)
             elif isinstance(message, Left):
-                self._roster.left(index)
+                with self._changed:
+                    self._roster.left(index)
+                    self._changed.notify_all()
             elif message.rank in self.ranks:
                 told = self.ranks[index]
                 why = f"rank {message.rank} failed: rank {told} says so ({message.code})"
@@ -437,8 +460,8 @@ class Links:
         for link in self._links:
             if link is not None:
                 link.close() if orderly else link.give_up()
-        if self.on_end is not None:
-            self.on_end()
+        if self._on_end is not None:
+            self._on_end()
         for control in self._control:
             if control is None:
                 continue

@@ -65,8 +65,8 @@ class Points:
         self._sending: list[_Sending] = []
         self._channels: list[Channel] = []
         self._gone: set[int] = set()
-        links.on_point, links.on_end = self._admit, self._end
         links.watched.append(self._look)
+        links.attach(self._admit, self._end)
 
     def send(self, to: int, tag: int, data: memoryview, timeout: float, done: Done) -> None:
         """``done`` is called when the buffer was sealed and is on its way, or with the error."""
@@ -260,10 +260,6 @@ class Points:
                 if now > posted.deadline:
                     return "a receive", posted.source
         return None
-
-    def waits(self) -> bool:
-        """Whether somebody waits for a message."""
-        return bool(self._posted or self._sending)
 
     def _end(self) -> None:
         """The group is over: whoever waits gets the error."""

@@ -94,6 +94,10 @@ class Roster:
     def has_left(self, index: int) -> bool:
         return index in self._left
 
+    def ended(self, index: int) -> bool:
+        """Whether nothing more will come from it."""
+        return index in self._left or index in self._died
+
     def silent(self, index: int) -> float:
         """Seconds since this rank was heard of, or 0 while that is no wonder."""
         passed = self._clock() - self._heard[index]
@@ -103,6 +107,13 @@ class Roster:
         """A rank that died at least ``grace`` seconds ago, while nothing moved since ``since``."""
         for index, when in self._died.items():
             if self._clock() - max(when, since) > grace:
+                return index
+        return None
+
+    def lost(self, limit: float) -> int | None:
+        """A rank that has been silent for longer than ``limit`` seconds, and did not leave."""
+        for index in range(len(self._ranks)):
+            if index not in (self._me, *self._left) and self.silent(index) > limit:
                 return index
         return None
 
