@@ -7,13 +7,25 @@ which torch takes them over a process group; ``between`` sees what would travel,
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from isolate import Identity, SigningKey
 from isolate.crypto.secret import Secret
+
+# The realm of tests/service/conftest.py: a whole service in one process, and enclaves that speak to it.
+_spec = importlib.util.spec_from_file_location(
+    "realm_fixtures", Path(__file__).parents[1] / "service" / "conftest.py"
+)
+assert _spec is not None and _spec.loader is not None
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+
+realm, realms = _module.realm, _module.realms
 
 
 @pytest.fixture(scope="session")

@@ -25,17 +25,30 @@ from isolate.errors import MissingExtra
 if TYPE_CHECKING:
     from isolate.torch.checkpoint_reader import SealedStorageReader
     from isolate.torch.checkpoint_writer import SealedStorageWriter
+    from isolate.torch.dataset import SealedDataset, SealedIterableDataset
+    from isolate.torch.handoff import SealedDataLoader
     from isolate.torch.links import Peers
     from isolate.torch.process_group import IsolateProcessGroup
 
 _PUBLIC = {
     "IsolateProcessGroup": "isolate.torch.process_group",
     "Peers": "isolate.torch.links",
+    "SealedDataLoader": "isolate.torch.handoff",
+    "SealedDataset": "isolate.torch.dataset",
+    "SealedIterableDataset": "isolate.torch.dataset",
     "SealedStorageReader": "isolate.torch.checkpoint_reader",
     "SealedStorageWriter": "isolate.torch.checkpoint_writer",
 }
 
-__all__ = ["IsolateProcessGroup", "Peers", "SealedStorageReader", "SealedStorageWriter"]
+__all__ = [
+    "IsolateProcessGroup",
+    "Peers",
+    "SealedDataLoader",
+    "SealedDataset",
+    "SealedIterableDataset",
+    "SealedStorageReader",
+    "SealedStorageWriter",
+]
 
 
 def __getattr__(name: str) -> Any:
