@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +47,8 @@ class Host:
     def __init__(self, folder: Path) -> None:
         self.logs, self.count = folder / "logs", 0
         self.logs.mkdir()
-        self.platform = Platform(SimulatedRoot.generate(), folder / "state")
+        # By a relative path, as somebody types it: an enclave is started in another folder.
+        self.platform = Platform(SimulatedRoot.generate(), Path(os.path.relpath(folder / "state")))
 
     def launch(self, application: Path, **environment: str) -> Child:
         self.count += 1

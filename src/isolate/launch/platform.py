@@ -90,7 +90,7 @@ class Platform:
 
     def __init__(self, root: SimulatedRoot, state: Path, record: Path | None = None) -> None:
         self.root = root
-        self._state = state
+        self._state = state.absolute()  # an enclave is started in another folder
         self._record = record
         self._children: dict[str, Child] = {}
         self._lock = threading.Lock()
