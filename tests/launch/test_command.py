@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from isolate.cli import cli
+from isolate.cli.launch import command
+from isolate.crypto.signing import SigningKey
+from isolate.enclave.configuration import Configuration
+from isolate.launch import torchrun
+from isolate.launch.measure import needs, tree
 from isolate.launch.platform import Control
 
 
@@ -39,3 +45,20 @@ def test_an_enclave_that_fails_is_exit_status_1(application: Callable[..., Path]
     done = launch(application("import isolate\nisolate.join()\n"), platform, "finds-no-service")
     assert done.exit_code == 1
     assert '"code": "service_unavailable"' in done.stdout
+
+
+def test_the_guide_to_training_says_what_there_is(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (toml,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "isolate.toml").write_text(toml)
+    assert needs(tree(tmp_path)) == ("torch",)
+    key = str(SigningKey.generate().verifying_key)
+    assert Configuration.parse(toml.replace("isolate-verify-...", key)).job == "digits/trainer"
+    (line,) = (line for line in text.splitlines() if line.startswith("torchrun "))
+    options = {option for parameter in command("launch").params for option in parameter.opts}
+    assert set(re.findall(r"--[a-z-]+", line.partition("isolate launch")[2])) <= options
+    for name in re.findall(r"ISOLATE_[A-Z]+", text):
+        assert name in torchrun.MEETING
+    for code in ("appraisal_measurement", "control_missing"):
+        assert f"`{code}`" in text
+        assert f"| {code} |" in (Path(__file__).parents[2] / "docs" / "errors.md").read_text()

@@ -100,7 +100,7 @@ def test_both_sides_know_the_same_names() -> None:
 
 @pytest.mark.threat("LAUNCH-3")
 def test_what_torchrun_tells_gets_in_and_nothing_else(worker: Callable[..., Worker]) -> None:
-    hostile = {"LD_PRELOAD": "", "PYTHONPATH": "/nowhere", "TORCH_LOGS": "all", "GLOO_SOCKET_IFNAME": "lo"}
+    hostile = {"LD_PRELOAD": "", "PYTHONSTARTUP": "/nowhere", "TORCH_LOGS": "all", "GLOO_SOCKET_IFNAME": "lo"}
     one = worker(**TOLD, **hostile, ISOLATE_TRANSPORT="tcp", ISOLATE_APPLICATION="/nowhere")
     inside = one.event()["environment"]
     assert inside["ISOLATE_APPLICATION"] != "/nowhere"
