@@ -45,9 +45,10 @@ if TYPE_CHECKING:
 TIMEOUT = 30.0  # seconds
 BACKLOG = 1024
 # Waking a process that sleeps costs 5 to 10 us of a round trip, a look 1. So a reader looks this often before it
-# sleeps, and after looks that were in vain it goes to sleep at once this many times.
-LOOKS = 20
-SLEEPS = 15
+# sleeps, and after looks that were in vain it goes to sleep at once this many times. All looks together are longer
+# than a round trip with sleepers at both ends: were they shorter, two ends that once slept would sleep for ever.
+LOOKS = 60
+SLEEPS = 31
 _GONE = {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.EBADF, errno.ESHUTDOWN}
 
 
