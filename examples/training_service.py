@@ -172,7 +172,10 @@ def story(stage, folder):
         pass
     os.kill(joined[1]["pid"], signal.SIGKILL)
     status = job.end()
-    say(f"rank 1 was killed after epoch {epoch}: torchrun ended with status {status}")
+    said = "".join(
+        f", and rank 0 with {one['code']} by rank {one['by']}" for one in job.seen if one["event"] == "over"
+    )
+    say(f"rank 1 was killed after epoch {epoch}: torchrun ended with status {status}{said}")
 
     job = Job(stage, torchrun(4, "--no-python", *launch(stage, stage.app)))
     epoch = job.until("resumed")["epoch"]

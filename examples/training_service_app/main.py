@@ -9,9 +9,18 @@ import torch.distributed as dist
 import training
 
 import isolate
+from isolate.errors import RankFailed
 from isolate.torch.checkpoint import SealedStorageReader, SealedStorageWriter
 
 DATA, MODEL = "digits/train", "digits/model"
+
+
+def blame(workload):
+    """Of an error within DDP only the text gets here. The group is over then, and still says on account of whom."""
+    try:
+        dist.barrier()
+    except RankFailed as failed:
+        workload.report("over", by=failed.rank, code=failed.code)
 
 
 def main():
@@ -22,14 +31,18 @@ def main():
             "joined", rank=slot.rank, of=dist.get_world_size(), generation=slot.generation, pid=os.getpid()
         )
         folder = workload.locate(MODEL).with_suffix("")
-        training.train(
-            isolate.sealed.load_file(workload.locate(DATA), identity=workload),
-            reader=SealedStorageReader(folder, identity=workload) if folder.exists() else None,
-            writer=lambda epoch: SealedStorageWriter(
-                folder, sign=workload, model_id=MODEL, epoch=epoch, overwrite=True
-            ),
-            report=workload.report if slot.rank == 0 else lambda name, **facts: None,
-        )
+        try:
+            training.train(
+                isolate.sealed.load_file(workload.locate(DATA), identity=workload),
+                reader=SealedStorageReader(folder, identity=workload) if folder.exists() else None,
+                writer=lambda epoch: SealedStorageWriter(
+                    folder, sign=workload, model_id=MODEL, epoch=epoch, overwrite=True
+                ),
+                report=workload.report if slot.rank == 0 else lambda name, **facts: None,
+            )
+        except RuntimeError:
+            blame(workload)
+            raise
         dist.destroy_process_group()
 
 

@@ -27,8 +27,9 @@ TOLD = {
     "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "4",
 }  # fmt: skip
 LOOK = """
-import os, sys, time
+import os, signal, sys, time
 from isolate.enclave.boot import event
+signal.signal(signal.SIGUSR1, lambda *_: event("last words"))
 event("looked", environment=dict(os.environ), pid=os.getpid())
 code = os.environ.get("ISOLATE_CODE")
 time.sleep(0 if code else 60)
@@ -143,6 +144,18 @@ def test_an_enclave_ends_with_what_launched_it(worker: Callable[..., Worker], nu
     assert status != 0
     # Whoever could react has waited: torchrun starts the next worker as soon as this one is gone.
     assert gone(pid, within=10 if number == signal.SIGKILL else 0.5)
+
+
+def test_what_was_said_last_is_shown_also_when_torchrun_ends_it(worker: Callable[..., Worker]) -> None:
+    one = worker(**TOLD)
+    pid = one.event()["pid"]
+    os.kill(one.process.pid, signal.SIGSTOP)  # it looks no more, while the enclave goes on
+    os.kill(pid, signal.SIGUSR1)
+    time.sleep(0.1)
+    one.process.send_signal(signal.SIGTERM)
+    one.process.send_signal(signal.SIGCONT)
+    assert one.process.wait(20) == 128 + signal.SIGTERM
+    assert one.event()["event"] == "last words"
 
 
 def test_an_enclave_that_dies_fails_its_worker(worker: Callable[..., Worker]) -> None:

@@ -76,12 +76,20 @@ def _rank(told: dict[str, str]) -> int:
 def _show(held: Held) -> int:
     """Print its events as they come; answer its status (a signal's number is negative)."""
     with (held.enclave.logs / f"{held.enclave.name}.out").open(encoding="utf-8", errors="replace") as out:
-        begun, status = "", None
-        while status is None:
-            status = held.wait(_WAIT)
+        begun = ""
+
+        def show() -> None:
+            nonlocal begun
             *lines, begun = (begun + out.read()).split("\n")
             for event in Enclave.parse_events("\n".join(lines)):
                 click.echo(json.dumps(event))
+
+        try:
+            while (status := held.wait(_WAIT)) is None:
+                show()
+        finally:
+            # Whatever ends this: why it ended is most often said last.
+            show()
         return status
 
 
