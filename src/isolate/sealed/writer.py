@@ -163,14 +163,21 @@ class SealedWriter:
         with self._undone():
             self._sink.write(header)
 
-    def add(self, name: str, tensor: Any) -> None:
-        """Seal one tensor: a numpy array, or a torch tensor where torch is loaded. Raises UsageError."""
+    def add(self, name: str, tensor: Any, *, steady: bool = False) -> None:
+        """Seal one tensor: a numpy array, or a torch tensor where torch is loaded. Raises UsageError.
+
+        ``steady``: the caller leaves the tensor as it is until ``close``. Then the next one is begun at once, while
+        chunks of this one are still being encrypted.
+        """
         dtype, shape, data = tensor_bytes(tensor)
         with self._undone():
             size = self._begin(Entry(name, dtype, shape))
             if size != len(data):
                 raise UsageError(f"tensor {name[:80]!r} has {len(data)} bytes, its shape says {size}")
             self._feed(data)
+            if not steady:
+                # The caller may change its tensor once add() is back.
+                self._drain(0)
             self._end(size)
 
     def add_from(
@@ -287,8 +294,6 @@ class SealedWriter:
             self._filled += part
             data = data[part:]
             self._flush_if_full()
-        # The caller may change its tensor once add() is back.
-        self._drain(0)
 
     def _buffer(self) -> bytearray:
         return (

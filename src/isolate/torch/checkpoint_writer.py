@@ -204,7 +204,7 @@ class SealedStorageWriter(StorageWriter, BlockingAsyncStager):
                 if item.tensor_data is not None:
                     tensor = check_tensor(planner.resolve_data(item))
                     sizes[index] = tensor.nbytes
-                    writer.add(_chunk(item, rank).key(item.index.fqn), tensor)
+                    writer.add(_chunk(item, rank).key(item.index.fqn), tensor, steady=True)
         report = _Report(id, rank, writer.close(), self._party.proof())
         return [WriteResult(item.index, size, report) for item, size in zip(items, sizes, strict=True)]
 

@@ -23,11 +23,13 @@ import click
 
 # Name -> module with `run(rounds: int | None, quick: bool) -> (rounds, figures)`.
 BENCHMARKS: dict[str, str] = {
+    "allreduce": "isolate.cli.bench.allreduce",
     "attestation": "isolate.cli.bench.attestation",
     "handles": "isolate.cli.bench.handles",
     "sealed": "isolate.cli.bench.sealed",
     "service": "isolate.cli.bench.service",
     "channels": "isolate.cli.bench.channels",
+    "checkpoint": "isolate.cli.bench.checkpoint",
 }
 
 Figures = dict[str, float]
