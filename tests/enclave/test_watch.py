@@ -104,3 +104,38 @@ def test_a_channel_never_waits_for_the_service() -> None:
     with pytest.raises(ResultRefused):
         while True:
             watch.recheck(one)
+
+
+@pytest.mark.threat("SVC-74")
+def test_a_courier_that_drops_every_answer_gains_the_least_and_a_thread_that_cannot_start_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, one = World(), peer(1, expires=1000)
+    world.error = ServiceUnavailable("dropped")
+    assert world.look(one) == ""
+    world.now = 1001
+    assert world.look(one) == "attestation_stale"
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    clock = [0.0]
+    watch = Watch(lambda _: PeerStandings(["slot_retired"], 60, 0), now=lambda: 1001, clock=lambda: clock[0])
+    with monkeypatch.context() as broken:
+        broken.setattr(threading.Thread, "start", fail)
+        with pytest.raises(ResultRefused):
+            watch.recheck(one)
+    # It asks again as soon as it can.
+    with pytest.raises(ResultRefused, match="no longer stands"):
+        while True:
+            clock[0] += EVERY
+            with suppress_stale():
+                watch.recheck(one)
+
+
+class suppress_stale:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+        return isinstance(error, ResultRefused) and error.code == "attestation_stale"

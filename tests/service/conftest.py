@@ -93,7 +93,7 @@ class Realm:
         self.root = SimulatedRoot.generate(clock=self.clock)
         create(
             folder / "state", owner=self.owner, name=name, lineage=LINEAGE,
-            recovery=[self.recovery.recipient], unlock=UNLOCK, now=NOW,
+            recovery=[self.recovery.recipient], unlock=UNLOCK, now=NOW, epoch=1,
         )  # fmt: skip
         self.courier: Callable[[str, bytes], tuple[int, bytes]] = self.serve
         self.carried: list[tuple[str, bytes]] = []

@@ -87,6 +87,7 @@ def test_only_the_owner_learns_why(realm: Any) -> None:
 @pytest.mark.threat("SVC-73")
 def test_strangers_push_out_no_explanation_but_their_own(realm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(explain, "KEEP", 5)
+    monkeypatch.setattr(explain, "PRUNE", 1)
     error = refused(lambda: realm.enclave("unknown"))
     for _ in range(20):
         realm.serve("attest", b"rubbish")

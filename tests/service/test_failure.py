@@ -314,14 +314,16 @@ def test_a_restored_service_is_recovered_on_the_command_line(
     )  # fmt: skip
     assert (refused.returncode, "log_shrunk" in refused.stderr) == (1, True), refused.stderr
     shop.again("--recover", key)
-    assert (tmp_path / "head.before-2").exists()
+    before = int(shop.owner.certificate.audience.rpartition("/")[2])
+    now = before + 1
+    assert (tmp_path / f"head.before-{now}").exists()
     shop.owner = Owner(shop.key, service=shop.service.address, lineage="acme")
-    assert shop.owner.certificate.audience == "svc/2"
+    assert shop.owner.certificate.audience == f"svc/{now}"
     refused = isolate(*verify)
     assert (refused.returncode, "log_recovered" in refused.stderr) == (1, True), refused.stderr
-    accepted = isolate(*verify, "--accept-epoch", "2")
+    accepted = isolate(*verify, "--accept-epoch", str(now))
     assert accepted.returncode == 0, accepted.stderr
-    assert (tmp_path / "seen.before-2").exists()
+    assert (tmp_path / f"seen.before-{now}").exists()
     # The owner says again what holds, on the command line.
     word = ["--sign", key, "--service", shop.service.address, "--lineage", "acme"]
     (tmp_path / "policy.toml").write_text(

@@ -13,17 +13,20 @@ import pytest
 from isolate import sealed
 from isolate.attestation.policy import SignedPolicy
 from isolate.crypto.kem import Identity
-from isolate.crypto.signing import SigningKey
+from isolate.crypto.secret import Secret
+from isolate.crypto.signing import Purpose, SigningKey
 from isolate.errors import IsolateError, LogRefused, StorageError, UsageError
-from isolate.messages.attest import Registered, Release, ReleaseRequest
-from isolate.messages.base import Message
-from isolate.messages.invoke import Reservation
+from isolate.messages.attest import Registered, RegisterRequest, Release, ReleaseRequest
+from isolate.messages.base import Message, Signed
+from isolate.messages.certificate import BundleRequest, TrustBundle
+from isolate.messages.invoke import Reservation, SettleRequest
 from isolate.messages.owner import AssetRule, Done, PolicyUpdate, Revoke, Rollback
 from isolate.sealed.recipients import Passphrase
 from isolate.service import keyring
 from isolate.service.head import Head
 from isolate.service.keyring import Keyring
 from isolate.service.recovery import recover, rotate
+from isolate.service.state import create
 from isolate.transparency import Checkpoint
 
 
@@ -152,6 +155,114 @@ def test_an_old_database_does_not_go_with_newer_keys(realm: Any) -> None:
     with pytest.raises(StorageError) as refused:
         realm.open()
     assert refused.value.code == "epoch_mixed"
+
+
+@pytest.mark.threat("SVC-70")
+def test_a_use_that_was_open_at_a_recovery_lets_nothing_out(realm: Any) -> None:
+    """The enclave lives on, with the keys that it reserved under; its use was even revoked, which is forgotten."""
+    holder = SigningKey.generate()
+    realm.asset()
+    enclave, token = realm.enclave(), realm.grant(holder)
+    use = realm.use(token, holder)
+    reserved = realm.ask("reserve", realm.signed_by(enclave, use), Reservation)
+    copy = back_up(realm)
+    realm.tell("revoke", Revoke(token.id))
+    restore(realm, copy)
+    realm.open()
+    again(realm)
+    realm.set_policy()
+    realm.rule("a/b", readers=("reader",))
+    settle = SettleRequest(reserved.invocation, 0, "")
+    assert realm.code(lambda: enclave.settle(settle, reserved.invocation)) == "replayed"
+
+
+@pytest.mark.threat("SVC-70")
+def test_stolen_keys_sign_no_certificates_after_a_recovery(realm: Any) -> None:
+    def roots() -> list[bytes]:
+        found: TrustBundle = realm.post("", "bundle", BundleRequest("acme/job", "simulated"), TrustBundle)
+        return found.roots
+
+    before, tls = roots(), bytes(realm.state.secret("tls", lambda: Secret.generate(32)).expose())
+    again(realm)
+    assert not set(roots()) & set(before)
+    assert bytes(realm.state.secret("tls", lambda: Secret.generate(32)).expose()) != tls
+
+
+@pytest.mark.threat("SVC-70")
+def test_after_a_recovery_no_enclave_makes_the_next_epoch_before_the_owner_named_the_last(realm: Any) -> None:
+    realm.asset()
+    again(realm)
+    realm.set_policy()
+    realm.rule("a/b", readers=("reader",), writers=("writer",))
+    writer = realm.enclave("writer")
+    path = realm.seal(epoch=2, sign=writer._signing)
+    facts = sealed.public_facts(path)
+    request = RegisterRequest("a/b", facts.header, facts.directory)
+    ask = lambda: realm.ask("register", realm.signed_by(writer, request), Registered)  # noqa: E731
+    assert realm.code(ask) == "unconfirmed"
+    rollback(realm, realm.folder / "a-b-1.sealed")
+    assert ask().epoch == 2
+
+
+@pytest.mark.threat("SVC-70")
+def test_an_enclave_does_not_go_back_to_an_old_copy_that_still_runs(realm: Any) -> None:
+    """A forged refusal makes it attest anew: not with the service as it was before its keys were renewed."""
+    path, copy = realm.asset(), back_up(realm)
+    realm.clock.now += 60
+    again(realm, rotate)
+    enclave = realm.enclave()
+    restore(realm, copy)
+    realm.open()
+    assert realm.code(lambda: enclave.unlock(sealed.public_facts(path))) == "service_superseded"
+
+
+@pytest.mark.threat("SVC-71")
+def test_keys_of_before_a_rotation_do_not_go_with_what_came_after(
+    realm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {path: path.read_bytes() for path in (realm.folder / "state").glob("keys*.sealed")}
+    again(realm, rotate)
+    realm.state.close()
+    new = {path: path.read_bytes() for path in old}
+    for path, content in old.items():
+        path.write_bytes(content)
+    with pytest.raises(StorageError) as refused:
+        realm.open()
+    assert refused.value.code == "epoch_mixed"
+    for path, content in new.items():
+        path.write_bytes(content)
+    realm.open()
+    # Interrupted between the two files: the keys of before are still in use, and the copy for recovery holds more.
+    real = sealed.save_file
+
+    def fail(tensors: Any, path: Any, **options: Any) -> bytes:
+        if Path(path).name == "keys.sealed":
+            raise StorageError("no space left")
+        return real(tensors, path, **options)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(keyring.sealed, "save_file", fail)
+        with pytest.raises(StorageError):
+            again(realm, rotate)
+    realm.open()
+    path = realm.asset("c/d")
+    new_pass = Passphrase("a new one", memory=64, passes=1)
+    old_unlock, realm.unlock = realm.unlock, new_pass
+    again(realm, rotate, unlock=realm.recovery, new=new_pass)
+    realm.enclave().unlock(sealed.public_facts(path))
+    assert old_unlock is not new_pass
+
+
+@pytest.mark.threat("SVC-70")
+def test_a_service_that_is_made_again_takes_nothing_of_the_one_before(tmp_path: Path) -> None:
+    owner, unlock = SigningKey.generate(), Passphrase("a passphrase", memory=64, passes=1)
+    made = {"owner": owner, "name": "svc", "lineage": "acme", "recovery": [], "unlock": unlock}
+    audiences = [create(tmp_path / str(now), now=now, **made).audience for now in (1_780_000_000, 1_780_000_001)]
+    assert len(set(audiences)) == 2
+    request = Signed.make(Purpose.OWNER_REQUEST, owner, Revoke(bytes(32)).encode(), bytes(32), audiences[0])
+    with pytest.raises(IsolateError) as refused:
+        request.verify(Purpose.OWNER_REQUEST, audiences[1])
+    assert refused.value.code == "wrong_audience"
 
 
 @pytest.mark.threat("SVC-71")

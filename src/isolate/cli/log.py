@@ -17,7 +17,7 @@ from isolate.crypto.signing import VerifyingKey
 from isolate.errors import LogRefused
 from isolate.messages.http import fetch
 from isolate.transparency.checkpoint import Witness
-from isolate.transparency.keeping import read_checkpoint, write_checkpoint
+from isolate.transparency.keeping import is_before, read_checkpoint, write_checkpoint
 
 
 @click.group("log")
@@ -59,7 +59,7 @@ def verify(
     wanted = len(known) if quorum is None else quorum
     found = certificate(service, VerifyingKey.parse(owner), lineage)
     text = None if remember is None else read_checkpoint(remember)
-    if remember is not None and text is not None and _is_before(text, found.name, found.epoch):
+    if remember is not None and text is not None and is_before(text, found.name, found.epoch):
         if accept_epoch != found.epoch:
             raise LogRefused(
                 f"the owner recovered this service: its log goes on as {found.origin}, and entries may be missing",
@@ -89,12 +89,6 @@ def verify(
     if remember is not None:
         write_checkpoint(remember, report.checkpoint.text)
     _print(report, remember, bool(known), as_json)
-
-
-def _is_before(text: str, name: str, epoch: int) -> bool:
-    """Whether this note is of an earlier epoch of the service of this name, by its first line."""
-    start, _, number = text.partition("\n")[0].rpartition("/")
-    return start == f"isolate/{name}" and number.isascii() and number.isdecimal() and int(number) < epoch
 
 
 def _print(report: Report, remember: str | None, watched: bool, as_json: bool) -> None:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from isolate.sealed.recipients import Passphrase
 
 if TYPE_CHECKING:
     from isolate.service.keyring import Unlock
+
+SHORTEST = 12  # bytes of a passphrase that somebody chose
 
 # Nobody guesses what was drawn at random: no work is needed to slow him down.
 _RANDOM = {"memory": 8192, "passes": 1}
@@ -39,17 +42,42 @@ def read_passphrase(path: str) -> Passphrase:
 
 
 def make_passphrase(path: str) -> Passphrase:
-    """The passphrase in the file; where there is no file, a random one, which is then in it (mode 0600)."""
-    if path == "-" or Path(path).exists():
+    """The passphrase in the file; where there is no file, a random one, which is then in it (mode 0600).
+
+    Raises UsageError for a file that others can read or write, or with less than 12 bytes.
+    """
+    if path == "-":
         return read_passphrase(path)
     text = secrets.token_urlsafe(32)
     try:
-        file = Path(path)
-        file.touch(mode=0o600, exist_ok=False)
-        file.write_text(text + "\n", encoding="ascii")
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        found = _private(path)
+        if len(found.text) < SHORTEST:
+            raise UsageError(f"the passphrase in {path} is shorter than {SHORTEST} bytes") from None
+        return found
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from None
     return Passphrase(text, **_RANDOM)
+
+
+def _private(path: str) -> Passphrase:
+    """The passphrase in a file that nobody else reads or writes. Raises UsageError."""
+    if path != "-":
+        try:
+            status = Path(path).stat()
+        except OSError as error:
+            raise StorageError(f"cannot read the passphrase from {path}: {error.strerror}") from None
+        if status.st_mode & 0o077 or status.st_uid not in (0, os.geteuid()):
+            raise UsageError(f"others can read or change {path}", hint="give it mode 0600, and to this user")
+    return read_passphrase(path)
 
 
 def key_service(name: str) -> Any:
@@ -85,4 +113,4 @@ def unlock(passphrase_file: str | None, service: str | None, *, make: bool = Fal
         return wrapper
     if passphrase_file is None and not sys.stdin.isatty():
         raise UsageError("say what opens the service's keys", hint="--passphrase-file F, or --key-service")
-    return (make_passphrase if make else read_passphrase)(passphrase_file or "-")
+    return (make_passphrase if make else _private)(passphrase_file or "-")

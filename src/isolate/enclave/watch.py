@@ -46,7 +46,7 @@ class Watch:
         self._turn = threading.Lock()
         self._wanted: dict[bytes, float] = {}  # instance -> when a channel last asked
         self._codes: dict[bytes, str] = {}
-        self._max_stale: int | None = None
+        self._max_stale = 0  # of the policy; until it is known, the least
         self._away = False
         self._ended: IsolateError | None = None  # we ourselves are refused
         self._next = 0.0
@@ -62,12 +62,15 @@ class Watch:
                 self._asking = begin = True
                 self._next = now + EVERY
         if begin and self._background:
-            threading.Thread(target=self._look, name="isolate-watch", daemon=True).start()
+            try:
+                threading.Thread(target=self._look, name="isolate-watch", daemon=True).start()
+            except RuntimeError:  # no more threads
+                self._heard(away=True)
         elif begin:
             self._look()
         with self._turn:
             code, ended, stale = self._codes.get(instance, ""), self._ended, self._max_stale
-            away = self._away and stale is not None and self._now() > peer.result.expires + stale
+            away = self._away and self._now() > peer.result.expires + stale
         if ended is not None:
             raise ResultRefused("this enclave is no longer admitted by the service", code=ended.code)
         if code:
@@ -80,15 +83,21 @@ class Watch:
             now = self._clock()
             self._wanted = {one: at for one, at in self._wanted.items() if now - at < FORGET}
             instances = sorted(self._wanted)[:MAX_INSTANCES]
-        answer, away, ended = None, False, None
+        answer, ended = None, None
         try:
             answer = self._ask(instances)
         except UnavailableError:
-            away = True
+            pass
         except IsolateError as error:
             ended = error
-        with self._turn:
-            self._asking, self._away, self._ended = False, away, ended
-            if answer is not None:
+        finally:
+            # Whatever happens, the next look asks again.
+            self._heard(away=answer is None and ended is None, ended=ended)
+        if answer is not None:
+            with self._turn:
                 self._codes = dict(zip(instances, answer.codes, strict=False))
                 self._max_stale = answer.max_stale
+
+    def _heard(self, *, away: bool, ended: IsolateError | None = None) -> None:
+        with self._turn:
+            self._asking, self._away, self._ended = False, away, ended

@@ -68,6 +68,7 @@ from isolate.messages.certificate import Issued, IssueRequest
 from isolate.messages.derive import DeriveRequest
 from isolate.messages.http import ask, post
 from isolate.messages.invoke import Receipt, Reservation, ReserveRequest, SettleRequest
+from isolate.messages.lease import Lease, LeaseRequest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,6 +132,7 @@ class Workload:
         began = _elapsed()
         challenge = post(self._service, "challenge", asked, Challenge)
         certificate = challenge.verify(self.configuration.owner, self.configuration.lineage, asked)
+        self._check_newer(certificate)
         slot = Slot(challenge.job, challenge.rank, challenge.generation)
         runtime = Runtime(
             kind="simulated",
@@ -149,6 +151,17 @@ class Workload:
         if standing.result.instance != instance_id(self.keys.digest) or standing.result.slot != slot:
             raise ResultRefused("the service's result is for another instance")
         return standing
+
+    def _check_newer(self, certificate: ServiceCertificate) -> None:
+        """Never back to keys or an epoch that the owner has replaced: an old copy may still run somewhere."""
+        seen: _Standing | None = getattr(self, "_standing", None)
+        if seen is None:
+            return
+        before = seen.certificate
+        if (certificate.epoch, certificate.not_before) < (before.epoch, before.not_before):
+            raise ReleaseRefused(
+                "this is the service as it was before its keys were renewed", code="service_superseded"
+            )
 
     def _verify(self, token: str, certificate: ServiceCertificate, challenge: Challenge) -> AttestationResult:
         result = results.verify(
@@ -326,6 +339,12 @@ class Workload:
         reservation, standing = self._ask("reserve", request, Reservation)
         reservation.verify(standing.certificate, number)
         return reservation
+
+    def lease(self, request: LeaseRequest, number: bytes) -> Lease:
+        """Have a use reserved, and more uses charged that are spent here. Raises as ``reserve`` does."""
+        lease, standing = self._ask("lease", request, Lease)
+        lease.verify(standing.certificate, number, request)
+        return lease
 
     def settle(self, request: SettleRequest, number: bytes) -> Receipt:
         """Have a reserved use settled: only after this may its reply leave. Raises as ``reserve`` does."""

@@ -56,16 +56,19 @@ class Appraiser:
             raise AppraisalRefused("the owner has set no policy", code="no_policy")
         signed = bytes(row[0])
         # Verified once for each that comes into force: it is looked up anew, by its bytes, for every request.
-        if self._opened is None or self._opened[0] != signed:
-            self._opened = (signed, SignedPolicy.open(signed, signed_by=self._state.owner).policy)
-        return self._opened[1]
+        # Into a name of our own: another thread may put a newer one there meanwhile.
+        opened = self._opened
+        if opened is None or opened[0] != signed:
+            opened = self._opened = (signed, SignedPolicy.open(signed, signed_by=self._state.owner).policy)
+        return opened[1]
 
     def policy_id(self) -> bytes:
         """The id of the policy in force: asked with every request of an enclave, so it is worked out once."""
         policy = self.policy()
-        if self._identified is None or self._identified[0] is not policy:
-            self._identified = (policy, policy.id)
-        return self._identified[1]
+        identified = self._identified
+        if identified is None or identified[0] is not policy:
+            identified = self._identified = (policy, policy.id)
+        return identified[1]
 
     def set_policy(self, update: PolicyUpdate) -> Done:
         """Put a policy into force. Raises RefusedError for a sequence that is not higher, or another lineage."""

@@ -5,7 +5,7 @@ Spec: docs/spec/service.md, section 6.5.
 The owner's root names the group once. From then on a group is followed by another only if the threshold of its own
 members approves that; the root key alone is refused. An export is refused unless, in this order:
 
-1. there is a group;
+1. there is a group, which was named, or agreed on again, in the present epoch;
 2. every approval is for exactly this: service, asset, digest, destination and reason, and its signature verifies;
 3. its key is in the group, and signed no other of these approvals;
 4. it has not expired;
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from isolate.service.state import State
 
 SCHEMA = """
-CREATE TABLE approvers (sequence INTEGER PRIMARY KEY, threshold INTEGER NOT NULL, keys BLOB NOT NULL);
+CREATE TABLE approvers (
+    sequence INTEGER PRIMARY KEY, threshold INTEGER NOT NULL, keys BLOB NOT NULL, epoch INTEGER NOT NULL);
 CREATE TABLE approved (approval BLOB PRIMARY KEY) WITHOUT ROWID;
 """
 
@@ -73,8 +74,8 @@ class Approvals:
                 for one in given:
                     one.check(group, service=self._state.audience, sequence=sequence)
                 self._check_members(present, given)
-            row = (sequence, group.threshold, cbor.encode(group.keys))
-            database.execute("INSERT INTO approvers VALUES (?, ?, ?)", row)
+            row = (sequence, group.threshold, cbor.encode(group.keys), self._state.certificate.epoch)
+            database.execute("INSERT INTO approvers VALUES (?, ?, ?, ?)", row)
             details = {"sequence": sequence, "threshold": group.threshold, "keys": group.keys}
             return GroupSet(sequence, self._log.append(database, "approvers", details))
 
@@ -110,6 +111,13 @@ class Approvals:
         if group is None:  # 1
             raise RefusedError(
                 "nobody was named to approve exports", code="no_approvers", hint="`isolate approvers` names them"
+            )
+        (epoch,) = database.execute("SELECT epoch FROM approvers ORDER BY sequence DESC LIMIT 1").fetchone()
+        if epoch != self._state.certificate.epoch:
+            raise RefusedError(
+                "the service was recovered, and these approvers may have been followed by others",
+                code="unconfirmed",
+                hint="they agree on the group again with `isolate approvers`",
             )
         wish = request.wish(self._state.audience)
         given = [Approval.parse(one) for one in request.approvals]

@@ -270,6 +270,12 @@ class Broker:
             (newest,) = database.execute(
                 "SELECT max(epoch) FROM asset WHERE asset = ?", (request.asset,)
             ).fetchone()
+            head = database.execute("SELECT 1 FROM head WHERE asset = ?", (request.asset,)).fetchone()
+            if measurement is not None and newest is not None and head is None:
+                raise ReleaseRefused(
+                    f"the service was recovered, and its owner has not named the newest file of {request.asset}",
+                    code="unconfirmed",
+                )
             if newest is not None and facts.epoch <= newest:
                 raise RolledBack(f"{request.asset} has epoch {newest} already; this file is epoch {facts.epoch}")
             details = {"asset": request.asset, "digest": facts.digest, "epoch": facts.epoch}

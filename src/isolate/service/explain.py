@@ -26,6 +26,7 @@ from isolate.errors import IsolateError, RefusedError, StorageError, UsageError
 from isolate.messages.owner import Explanation
 
 KEEP = 4096  # refusals of each class: of callers who got past checks 1 to 3, and of anybody
+PRUNE = 256  # refusals between two looks at how many there are
 MAX_TEXT = 500  # characters of what was expected or found
 
 # What a request of an enclave passes first: checks 1 to 6 of docs/spec/service.md, section 4.
@@ -36,6 +37,7 @@ CHECKS: dict[str, tuple[str, ...]] = {
     "certify": _ACTING,
     "standing": _ACTING,
     "reserve": (*_ACTING, "token", "invocation", "rule", "revocation", "replay", "accounts"),
+    "lease": (*_ACTING, "token", "invocation", "rule", "revocation", "replay", "accounts"),
     "settle": (*_ACTING, "reservation", "settled", "bytes", "handle"),
 }
 
@@ -92,6 +94,7 @@ class Explanations:
 
     def __init__(self, folder: Path) -> None:
         self._turn = threading.Lock()
+        self._kept = {True: 0, False: 0}
         try:
             self._database = sqlite3.connect(folder / "explain.db", check_same_thread=False, isolation_level=None)
             self._database.execute("PRAGMA synchronous=OFF")
@@ -99,6 +102,7 @@ class Explanations:
                 "CREATE TABLE IF NOT EXISTS refusal (number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, "
                 "known INTEGER NOT NULL, explanation BLOB NOT NULL)"
             )
+            self._database.execute("CREATE INDEX IF NOT EXISTS of_class ON refusal (known, number)")
         except sqlite3.Error:
             raise StorageError(
                 f"{folder / 'explain.db'} cannot be read", hint="remove it: it is only a help"
@@ -112,11 +116,15 @@ class Explanations:
             self._database.execute(
                 "INSERT INTO refusal (id, known, explanation) VALUES (?, ?, ?)", (request_id, known, explanation)
             )
-            self._database.execute(
-                "DELETE FROM refusal WHERE number IN "
-                "(SELECT number FROM refusal WHERE known = ? ORDER BY number DESC LIMIT -1 OFFSET ?)",
-                (known, KEEP),
-            )
+            self._kept[known] += 1
+            if self._kept[known] % PRUNE == 0:
+                # The oldest that stays is looked up in the index, and what lies before it goes.
+                row = self._database.execute(
+                    "SELECT number FROM refusal WHERE known = ? ORDER BY number DESC LIMIT 1 OFFSET ?",
+                    (known, KEEP - 1),
+                ).fetchone()
+                if row is not None:
+                    self._database.execute("DELETE FROM refusal WHERE known = ? AND number < ?", (known, row[0]))
 
     def find(self, request_id: str) -> Explanation:
         """Raises UsageError when nothing is known of it (any more)."""

@@ -127,9 +127,11 @@ class Keyring:
         """Write the files, each in one step. Raises StorageError, and what the KeyWrapper raises."""
         raw = {name: np.frombuffer(seed.expose(), np.uint8) for name, seed in self.seeds.items()}
         raw["certificate"] = np.frombuffer(self.certificate.encode(), np.uint8)
-        copies: list[tuple[str, list[AnyRecipient]]] = [(KEYS, [unlock])]
+        # The copy for recovery first: interrupted between the two, it holds more than is in use, never less.
+        copies: list[tuple[str, list[AnyRecipient]]] = []
         if self.certificate.recovery:
             copies.append((RECOVERY, [Recipient(one) for one in self.certificate.recovery]))
+        copies.append((KEYS, [unlock]))
         for name, recipients in copies:
             sealed.save_file(raw, folder / name, recipients=recipients, sign=owner, model_id=f"keys/{name}")
 

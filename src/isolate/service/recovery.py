@@ -17,8 +17,10 @@ newer files. None of that can be got back, so a recovery lets nothing of before 
 1. requests name the epoch, so none that was signed before is taken again;
 2. results, challenges and answers of before were signed with other keys, and no instance is known: all attest anew;
 3. grants name the epoch: every handle of before has ended, and what is open in budgets stays spent;
-4. no policy and no rule is in force until the owner gives them again, of a higher sequence;
-5. no file is released until the owner has said which one of its asset is the newest (`isolate rollback`);
+4. no policy and no rule is in force until the owner gives them again, of a higher sequence; nothing is exported
+   until the approvers have agreed on themselves again;
+5. no file is released until the owner has said which one of its asset is the newest (`isolate rollback`), and no
+   enclave makes the next one before that;
 6. the log goes on under another name and key, and its first entry says what was found and what was missing.
 
 Spec: docs/spec/service.md, section 9.3.
@@ -27,6 +29,7 @@ Spec: docs/spec/service.md, section 9.3.
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +38,12 @@ from isolate.crypto.kem import Identity
 from isolate.crypto.signing import SigningKey
 from isolate.errors import UsageError
 from isolate.messages.attest import ServiceCertificate
+from isolate.service import accounts
 from isolate.service.keyring import Unlock
 from isolate.service.log import Log
 from isolate.service.state import State
 from isolate.transparency.checkpoint import Checkpoint
+from isolate.transparency.keeping import is_before
 
 # What a recovery takes out of force. Slots stay: a generation is never given twice.
 _VOID = (
@@ -47,6 +52,8 @@ _VOID = (
     "DELETE FROM rule",
     "DELETE FROM head",
     "UPDATE policy SET signed = x''",
+    "UPDATE reservation SET settled = 1",  # what was open stays spent, and nothing of it leaves any more
+    "DELETE FROM meta WHERE key LIKE 'authority/%' OR key LIKE 'box/%'",
 )
 
 
@@ -68,6 +75,7 @@ def rotate(
         keys = state.keys.rotated(owner, now=state.clock())
         details = {"certificate": keys.certificate.digest, "not_after": keys.certificate.not_after}
         with state.transaction() as database:
+            state.expect(keys.certificate)
             Log(state).append(database, "keys", details)
         keys.save(state.folder, owner=owner, unlock=_opener(unlock, new))
         return keys.certificate
@@ -90,7 +98,7 @@ def recover(
     with State(folder, unlock=unlock, clock=clock, recovering=True) as state:
         log = Log(state)
         found: dict[str, Any] | None = None
-        if kept is not None:
+        if kept is not None and not is_before(kept, state.name, state.certificate.epoch):
             seen = Checkpoint.verify(kept, log.origin, state.log_key.verifying_key.ed25519)
             found = {"size": seen.size, "root": seen.root}
         with state.transaction() as database:
@@ -99,13 +107,22 @@ def recover(
             keys = state.keys.rotated(owner, now=state.clock(), epoch=epoch)
             nodes, size = log.tree(database)
             here = {"size": size, "root": merkle.root(nodes, size)}
+            _end_derived(database)
             for statement in _VOID:
                 database.execute(statement)
+            state.expect(keys.certificate)
             database.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (str(epoch).encode(),))
             log.append(database, "recovery", {"epoch": epoch, "found": here, "kept": found})
         # In this order: were the keys first, an interruption would leave a state that takes what it must not.
         keys.save(state.folder, owner=owner, unlock=_opener(unlock, new))
         return keys.certificate
+
+
+def _end_derived(database: sqlite3.Connection) -> None:
+    """What was made through a handle ended with it; whether that was revoked before, an old copy does not know."""
+    for (handles,) in database.execute("SELECT handles FROM derived").fetchall():
+        ended = [(one,) for one in accounts.parted(bytes(handles))]
+        database.executemany("INSERT OR IGNORE INTO revoked VALUES (?)", ended)
 
 
 def _opener(unlock: Unlock | Identity, new: Unlock | None) -> Unlock:

@@ -85,13 +85,15 @@ def create(
     recovery: Sequence[Recipient],
     unlock: Unlock,
     now: int,
+    epoch: int | None = None,
 ) -> ServiceCertificate:
     """Make the state of a new service: fresh keys, certified by the owner's root for 90 days.
 
     ``name`` is 1 to 64 of A-Z a-z 0-9 . _ -; ``recovery`` are the owner's offline recipients, to whom enclaves
     also seal what they make, and the service's keys are sealed too; ``unlock`` is what opens those keys at each
-    start. ``now`` is Unix seconds. The owner's key is used and not kept. Raises UsageError, and StorageError when
-    the folder holds anything already; then nothing half-made is left.
+    start. ``now`` is Unix seconds, and the first ``epoch`` unless another is given: so a service that is made again
+    under a name takes nothing that was signed for the one before. The owner's key is used and not kept. Raises
+    UsageError, and StorageError when the folder holds anything already; then nothing half-made is left.
     """
     if not _NAME.fullmatch(name) or not lineage:
         raise UsageError("a service's name is 1 to 64 of A-Z a-z 0-9 . _ -, and its lineage is not empty")
@@ -99,7 +101,8 @@ def create(
         raise UsageError(f"a service has at most {MAX_RECOVERY} recovery recipients")
     root = Path(folder).absolute()
     public = [recipient.raw for recipient in recovery]
-    keys = Keyring.generate(owner, name=name, lineage=lineage, recovery=public, epoch=1, now=now)
+    first = now if epoch is None else epoch
+    keys = Keyring.generate(owner, name=name, lineage=lineage, recovery=public, epoch=first, now=now)
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))  # readable by its user alone
@@ -108,7 +111,8 @@ def create(
             with contextlib.closing(sqlite3.connect(made / "state.db")) as database, database:
                 database.executescript("\n".join((_SCHEMA, accounts.SCHEMA, approvals.SCHEMA, derived.SCHEMA)))
                 database.execute(f"PRAGMA user_version = {VERSION}")
-                meta = [("owner", owner.verifying_key.to_bytes()), ("epoch", b"1")]
+                meta = [("owner", owner.verifying_key.to_bytes()), ("epoch", str(first).encode())]
+                meta.append(("certificate", keys.certificate.digest))
                 database.executemany("INSERT INTO meta VALUES (?, ?)", meta)
             # Onto an empty folder this succeeds; onto anything else it does not.
             made.rename(root)
@@ -184,15 +188,32 @@ class State:
                 floor = self._last_time()
                 if not recovering:
                     self._check(floor, clock())
+                    # Keys that were renewed are in use once they are opened as at each start.
+                    if not isinstance(unlock, Identity):
+                        self._settle()
             except sqlite3.Error as error:
                 raise StorageError(f"the state could not be read: {_name_of(error)}") from None
             undo.pop_all()
         self.clock = _Clock(clock, 0 if recovering else floor)
 
+    def expect(self, certificate: ServiceCertificate) -> None:
+        """Say, within the caller's transaction, whose keys will be written next."""
+        row = ("certificate/next", certificate.digest)
+        self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", row)
+
+    def _settle(self) -> None:
+        digest = self.certificate.digest
+        if self._meta("certificate") != digest:
+            with self.transaction() as database:
+                database.execute("UPDATE meta SET value = ? WHERE key = 'certificate'", (digest,))
+                database.execute("DELETE FROM meta WHERE key = 'certificate/next'")
+
     def _check(self, floor: int, now: int) -> None:
-        if int(self._meta("epoch")) != self.certificate.epoch:
+        rows = self._database.execute("SELECT value FROM meta WHERE key IN ('certificate', 'certificate/next')")
+        known = [bytes(row[0]) for row in rows]
+        if int(self._meta("epoch")) != self.certificate.epoch or self.certificate.digest not in known:
             raise StorageError(
-                "the keys are of another epoch than the rest of this state: one of them is an old copy",
+                "the keys are not those of the rest of this state: one of them is an old copy",
                 code="epoch_mixed",
                 hint="recover it with `isolate serve --recover`",
             )

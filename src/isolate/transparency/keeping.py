@@ -23,6 +23,16 @@ from isolate.errors import LogRefused, StorageError
 from isolate.transparency.checkpoint import MAX_NOTE
 
 
+def is_before(text: str, name: str, epoch: int) -> bool:
+    """Whether this note is of an earlier epoch of the service of this name, by its first line.
+
+    >>> is_before("isolate/acme/1\\n7\\n", "acme", 2), is_before("isolate/acme/2\\n7\\n", "acme", 2)
+    (True, False)
+    """
+    start, _, number = text.partition("\n")[0].rpartition("/")
+    return start == f"isolate/{name}" and number.isascii() and number.isdecimal() and int(number) < epoch
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> str | None:
     """The note, or None where there is no file. Raises StorageError, and LogRefused for what is no text."""
     try:
