@@ -6,8 +6,8 @@
     >>> from isolate.service.state import State, create
     >>> owner, unlock = SigningKey.generate(), Passphrase("correct horse", memory=64, passes=1)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     made = {"name": "demo", "lineage": "demo", "recovery": [], "unlock": unlock, "now": 1_700_000_000}
-    ...     _ = create(folder, owner=owner, **made)
+    ...     made = {"name": "demo", "lineage": "demo", "recovery": [], "unlock": unlock, "epoch": 1}
+    ...     _ = create(folder, owner=owner, now=1_700_000_000, **made)
     ...     recover(folder, owner=owner, unlock=unlock, clock=lambda: 1_700_000_060).audience
     'demo/2'
 
