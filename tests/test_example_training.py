@@ -24,6 +24,12 @@ pytestmark = [
     pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed: the extra 'torch'"),
 ]
 
+TRUSTED = {
+    "__main__", "__mp_main__", "_cffi_backend", "_openssl", "_sodium", "attr", "attrs", "blake3", "cbor2", "_cbor2",
+    "cffi", "cryptography", "isolate", "jwt", "nacl", "numpy", "functorch", "mpmath", "sympy", "torch", "torchgen",
+    "typing_extensions", "_remote_module_non_scriptable",
+}  # fmt: skip
+
 # In place of the training: join, meet, add up, and say how it went, by code where it went wrong.
 MEET = """
 from datetime import timedelta
@@ -37,7 +43,9 @@ with isolate.join() as workload:
         dist.init_process_group("isolate", pg_options=workload, timeout=timedelta(seconds=30))
         total = torch.full((4,), float(rank + 1))
         dist.all_reduce(total)
-        workload.report("added", rank=rank, total=total[0].item())
+        import sys
+        tops = sorted({name.split(".")[0] for name in sys.modules} - set(sys.stdlib_module_names))
+        workload.report("added", rank=rank, total=total[0].item(), modules=tops)
         dist.destroy_process_group()
     except isolate.errors.IsolateError as error:
         workload.report("refused", rank=rank, code=error.code, text=str(error))
@@ -159,6 +167,9 @@ def test_a_torch_worker_of_another_job_takes_no_rank_of_this_one(
 ) -> None:
     seen = run(example, stage, apps["meet"], apps["meet"])
     assert [one["total"] for one in seen if one["event"] == "added"] == [3.0, 3.0]
+    # The trusted base of a worker is that of any enclave, and torch with what it loads.
+    loaded = {name for one in seen if one["event"] == "added" for name in one["modules"]}
+    assert {name for name in loaded if not name.startswith(("_cython", "cython_runtime", "_sysconfig"))} <= TRUSTED
     # Attested, of the same owner, asking for the rank that is missing; and of another job.
     seen = run(example, stage, apps["meet"], apps["other"])
     assert [one["rank"] for one in seen if one["event"] == "attested"] == [0, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from isolate.attestation.attesters.simulated import write_frame
 from isolate.enclave import boot
 from isolate.errors import RefusedError, UnavailableError
 from isolate.launch import torchrun
@@ -144,6 +146,21 @@ def test_an_enclave_ends_with_what_launched_it(worker: Callable[..., Worker], nu
     assert status != 0
     # Whoever could react has waited: torchrun starts the next worker as soon as this one is gone.
     assert gone(pid, within=10 if number == signal.SIGKILL else 0.5)
+
+
+@pytest.mark.threat("LAUNCH-4")
+def test_an_enclave_whose_launcher_is_gone_before_it_starts_ends_at_once(
+    host: Any, application: Callable[..., Path], platform: str
+) -> None:
+    name, folder = f"left-{os.urandom(4).hex()}", application(LOOK)
+    request = {"op": "launch", "name": name, "application": str(folder), "environment": {}, "hold": True}
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(platform.removeprefix("unix:"))
+        write_frame(connection, request | {"logs": str(host.logs)})
+    end = time.monotonic() + 20
+    while name not in host.platform._children and time.monotonic() < end:
+        time.sleep(0.02)
+    assert host.platform.child(name).process.wait(20) == -signal.SIGKILL
 
 
 def test_what_was_said_last_is_shown_also_when_torchrun_ends_it(worker: Callable[..., Worker]) -> None:
