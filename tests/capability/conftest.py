@@ -94,4 +94,5 @@ def scopes() -> Any:
         not_before=small,
         expires=small,
         depth=small,
+        lease=small,
     )

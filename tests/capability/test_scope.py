@@ -60,7 +60,7 @@ def permitted(scope: Scope) -> set[tuple[object, ...]]:
     ask(("handle",), scope.check_output, "handle")
     for now in range(5):
         ask(("time", now), scope.check_time, now)
-    for name in ("uses", "bytes_out", "depth"):
+    for name in ("uses", "bytes_out", "depth", "lease"):
         limit = getattr(scope, name)
         allowed |= {(name, number) for number in range(5) if limit is None or number <= limit}
     allowed |= {("group", number) for number in range(5) if number >= (scope.minimum_group or 0)}
@@ -180,7 +180,8 @@ BAD_VALUES: list[dict[str, Any]] = [
     {"parameters": {"score": {"9top": [1]}}},
     {"parameters": {"score": 1}},
     {"parameters": {"Score": {}}},
-    {"lease": 10},
+    {"loan": 10},
+    {"lease": -1},
     {"uses ": 10},
     {1: 2},
 ]

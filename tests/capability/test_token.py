@@ -313,7 +313,7 @@ def test_siblings_have_accounts_of_their_own_below_the_parents(chain: list[Any],
     "change",
     [
         {"extra": 1},
-        {"scope": {"lease": 1}},
+        {"scope": {"loan": 1}},
         {"scope": {"operations": {"classify": DIGEST}, "uses": None}},
         {"scope": {"uses": 1}},
         {"nonce": bytes(15)},

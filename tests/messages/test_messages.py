@@ -16,7 +16,7 @@ from isolate.crypto import cbor
 from isolate.crypto.kem import Identity
 from isolate.crypto.signing import Purpose, SigningKey
 from isolate.errors import IsolateError, MalformedError, RefusedError, UsageError
-from isolate.messages import approve, attest, base, http, invoke, limits, owner
+from isolate.messages import approve, attest, base, http, invoke, lease, limits, owner
 from isolate.messages.attest import Challenge, ChallengeRequest, Release, ReleaseContext, ReleaseRequest
 from isolate.messages.base import MAX_MESSAGE, Answer, Message, Refusal, Signed
 from isolate.messages.invoke import (
@@ -55,7 +55,7 @@ GIVEN: dict[tuple[str, str], Any] = {
 def messages() -> list[type[Message]]:
     return [
         kind
-        for module in (base, attest, invoke, owner, limits, approve)
+        for module in (base, attest, invoke, lease, owner, limits, approve)
         for kind in vars(module).values()
         if isinstance(kind, type) and issubclass(kind, Message) and "TYPE" in vars(kind)
     ]
@@ -88,7 +88,7 @@ KINDS = list(dict.fromkeys(messages()))
 
 def test_there_are_as_many_messages_as_the_specification_lists() -> None:
     assert sorted(kind.TYPE for kind in KINDS) == sorted({kind.TYPE for kind in KINDS})
-    assert len(KINDS) >= 37
+    assert len(KINDS) >= 39
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.TYPE))

@@ -171,6 +171,7 @@ class Scope:
     not_before     first second in which it is valid
     expires        first second in which it is no longer valid
     depth          blocks that may follow
+    lease          uses in one lease, at most; only where the grant itself has it (VerifiedToken.lease)
     """
 
     operations: Operations | None = field(default=None, converter=_operations)
@@ -183,6 +184,7 @@ class Scope:
     not_before: int | None = field(default=None, validator=_limit)
     expires: int | None = field(default=None, validator=_limit)
     depth: int | None = field(default=None, validator=_limit)
+    lease: int | None = field(default=None, validator=_limit)
 
     def check_operation(self, operation: str, digest: bytes) -> None:
         """Raise ScopeExceeded unless this operation, in exactly this version, may run."""
@@ -367,4 +369,5 @@ def meet(one: Scope, other: Scope) -> Scope:
         not_before=_meet(one.not_before, other.not_before, max),
         expires=_meet(one.expires, other.expires, min),
         depth=_meet(one.depth, other.depth, min),
+        lease=_meet(one.lease, other.lease, min),
     )

@@ -302,6 +302,11 @@ class VerifiedToken:
         """The last holder's public key, who alone can invoke."""
         return self.holders[-1]
 
+    @property
+    def lease(self) -> int:
+        """The most uses of one lease; 0 is none. The owner's own block opts in: a later one only lowers it."""
+        return 0 if self.limits[0].lease is None else self.scope.lease or 0
+
 
 class ChainCache:
     """Chains that were verified, by the hash of their bytes and the owner, least recently used out first.

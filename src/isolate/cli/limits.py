@@ -52,6 +52,7 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--not-before", metavar="T", help="Not valid before."),
         click.option("--expires", metavar="T", help="Valid until: 30d, 12h, 2026-12-01, or Unix seconds."),
         click.option("--depth", type=click.IntRange(0, 7), metavar="N", help="How often it may be passed on."),
+        click.option("--lease", type=number, metavar="N", help="Uses that an enclave may take at once (see docs)."),
     )):  # fmt: skip
         command = option(command)
     return command
@@ -61,7 +62,7 @@ def scope_limits(given: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of ``Owner.grant`` and ``Handle.attenuate`` from those options. Raises UsageError."""
     now = int(time.time())
     return {
-        **{name: given[name] for name in ("uses", "bytes_out", "minimum_group", "depth")},
+        **{name: given[name] for name in ("uses", "bytes_out", "minimum_group", "depth", "lease")},
         "rates": rates(given["rates"]) or None,
         "parameters": parameters(given["parameters"]) or None,
         "outputs": outputs(given["outputs"]) or None,

@@ -83,6 +83,7 @@ class Held(NotCopied):
         not_before: int | None = None,
         expires: int | None = None,
         depth: int | None = None,
+        lease: int | None = None,
         holder: bytes | None = None,
     ) -> HandleFile:
         """A narrower handle, offline, for ``holder`` (Ed25519, 32 bytes; this one's when not given).
@@ -98,6 +99,7 @@ class Held(NotCopied):
         scope = Scope(
             operations=kept, parameters=parameters, outputs=outputs, uses=uses, bytes_out=bytes_out, rates=rates,
             minimum_group=minimum_group, not_before=not_before, expires=expires, depth=depth,
+            lease=lease,
         )  # fmt: skip
         return evolve(self._file, token=self._token.attenuate(self._signer, scope, holder).to_text())
 

@@ -106,6 +106,7 @@ class Owner:
         not_before: int | None = None,
         expires: int | None = None,
         depth: int | None = None,
+        lease: int | None = None,
         epoch: int | None = None,
         INSECURE_accept_simulated: bool = False,
     ) -> HandleFile:
@@ -114,12 +115,15 @@ class Owner:
         ``operations`` maps names to digests; ``enclave`` is the address where they are invoked. The limits are
         those of a Scope (docs/spec/capability.md, 2): uses and bytes in all, uses in a window of so many seconds,
         Range or Choices of arguments, kinds and sizes of results, people behind an aggregate, Unix seconds, and
-        how often it may be passed on. A limit that is None is none. ``epoch`` is the service's, who
-        is asked for it when it is not given: the rest is made offline. Raises UsageError.
+        how often it may be passed on. A limit that is None is none. ``lease`` lets enclaves take so many uses at
+        once, and notice a revocation up to a minute late (docs/handles.md); without it there are no leases.
+        ``epoch`` is the service's, who is asked for it when it is not given: the rest is made offline. Raises
+        UsageError.
         """
         scope = Scope(
             operations=operations, parameters=parameters, outputs=outputs, uses=uses, bytes_out=bytes_out,
             rates=rates, minimum_group=minimum_group, not_before=not_before, expires=expires, depth=depth,
+            lease=lease,
         )  # fmt: skip
         return HandleFile(
             token=grant(

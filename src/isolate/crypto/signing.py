@@ -69,6 +69,7 @@ class Purpose(StrEnum):
     APPROVAL = "owner/approval"
     GROUP_APPROVAL = "owner/group-approval"
     RECEIPT = "capability/receipt"
+    LEASE = "capability/lease"
     CHECKPOINT_OFFER = "checkpoint/offer"
 
 

@@ -11,10 +11,11 @@ Every invocation passes, in this order:
 4. the operation is registered here, under the very digest that the scope names, its arguments are of their types
    and in range, and the scope allows its type of output and can have its minimum group;
 5. the service has durably reserved this use, at its worst case in bytes, and says so in a signed reservation;
-   where other assets are joined to this one, under a handle on each of them too, which passed 1 to 4 likewise;
+   where other assets are joined to this one, under a handle on each of them too, which passed 1 to 4 likewise.
+   Or it is spent from a lease, for which the service did so, and which is good now;
 6. the result is of the operation's declared, closed type;
 7. the service has settled the use, and found no handle of the chain revoked meanwhile, and says so in a signed
-   receipt for this very size and code.
+   receipt for this very size and code. Or the lease that it was spent from is still good.
 
 Results and refusals alike leave as a code and a value in a reply of the one size that the operation has. When they
 leave tells them apart: a refusal comes sooner. Spec: docs/spec/operations.md.
@@ -45,6 +46,7 @@ from isolate.crypto.kdf import Label, derive
 from isolate.crypto.secret import Secret
 from isolate.enclave import boot
 from isolate.enclave.derived import Derivations
+from isolate.enclave.leases import Leases
 from isolate.enclave.operations import Derived, Joined, Operation
 from isolate.enclave.replies import fit
 from isolate.enclave.view import View
@@ -108,6 +110,7 @@ class Server:
         self._chains = ChainCache()
         self._seeds = Secret.generate(32)
         self._derived = Derivations(workload, asset)
+        self._leases = Leases(workload)
 
     def run(self) -> None:
         """Serve clients until the process ends. A refused client ends its own channel and no other.
@@ -219,8 +222,7 @@ class Server:
     def _use(self, use: _Admitted, request_id: str) -> bytes:
         """Reserve, run, settle; then the reply, of a result or of a refusal that was charged as well."""
         size = use.operation.reply_size
-        for number, request in use.reserved.items():  # 5
-            self._workload.reserve(request, number)
+        leased = self._lease(use)  # 5
         try:
             code, reply = "", fit("", self._perform(use), request_id, size)  # 6
         except IsolateError as error:
@@ -228,12 +230,35 @@ class Server:
         except Exception:  # noqa: BLE001 (the boundary: an exception carries data)
             code = "operation_failed"
         # Nothing is given back: the reply is as long as was reserved, whatever is in it.
-        for number, request in use.reserved.items():  # 7
+        if leased is not None and not self._leases.good(leased):  # 7
+            # The lease ended meanwhile: the use is paid for once more, and settled like any other.
+            self._reserve(use)
+            leased = None
+        for number, request in use.reserved.items() if leased is None else ():
             self._workload.settle(SettleRequest(number, request.bytes_out, code), number)
         if code:
             self._workload.report("invocation_refused", code=code, request_id=request_id)
             return fit(code, None, request_id, size)
         return reply
+
+    def _lease(self, use: _Admitted) -> int | None:
+        """Check 5: the end of the lease that the use was spent from; None where it is reserved itself."""
+        token, operation = use.invocation.token, use.operation
+        derived = isinstance(operation.output, Derived) or _derived_inputs(operation)
+        # One use is no lease. Several handles, and what hangs on a handle, are the service's to look at each time.
+        if token.lease < 2 or len(use.reserved) > 1 or derived:
+            self._reserve(use)
+            return None
+        request = use.reserved[use.invocation.id]
+        key = (token.id, operation.name, request.bytes_out)
+        leased = self._leases.take(key)
+        if leased is None and not self._leases.open(key, request, use.invocation.id, token.lease):
+            self._reserve(use)
+        return leased
+
+    def _reserve(self, use: _Admitted) -> None:
+        for number, request in use.reserved.items():
+            self._workload.reserve(request, number)
 
     def _perform(self, use: _Admitted) -> Any:
         given = {}

@@ -47,7 +47,7 @@ def encode_argument(value: Any) -> Any:
 ENFORCED = frozenset(
     {
         *("operations", "parameters", "outputs", "minimum_group"),
-        *("uses", "bytes_out", "rates", "not_before", "expires", "depth"),
+        *("uses", "bytes_out", "rates", "not_before", "expires", "depth", "lease"),
     }
 )
 

@@ -12,6 +12,9 @@ passed checks 1 to 6 of the broker, and then:
 5. this invocation was not reserved before;
 6. every account (isolate.service.accounts) has uses, bytes and, in every window, uses left: all are spent together.
 
+Lease: the same for many uses at once, the first of which is reserved, where the owner's grant opts in (1). The
+enclave spends the others by itself, for MAX_LEASE seconds at most and not beyond the handle; they are not settled.
+
 Settle: only after it may the reply leave. Checks 1 to 6 of the broker again, and then:
 
 7. this very instance reserved the invocation;
@@ -42,6 +45,7 @@ from isolate.messages.invoke import (
     ReserveRequest,
     SettleRequest,
 )
+from isolate.messages.lease import MAX_LEASE, Lease, LeaseRequest
 from isolate.messages.limits import AssetLimits
 from isolate.messages.owner import Done, Revoke
 from isolate.service import accounts
@@ -51,6 +55,10 @@ from isolate.service.log import Log
 from isolate.service.state import State
 
 T = TypeVar("T")
+
+
+def _lease_end(token: VerifiedToken, now: int) -> int:
+    return now + MAX_LEASE if token.scope.expires is None else min(now + MAX_LEASE, token.scope.expires)
 
 
 class Budgets:
@@ -81,8 +89,21 @@ class Budgets:
     def reserve(self, request: Signed) -> Reservation:
         """Checks 1 to 6. A refusal is logged, and changes no account. Raises RefusedError."""
         asked = ReserveRequest.parse(request.body)
-        number, index = self._answered(request, lambda database, caller: self._reserve(database, caller, asked))
-        return Reservation.make(number, index, self._state.clock(), self._state.release_key)
+        invocation, index, now = self._answered(
+            request, lambda database, caller: self._reserve(database, caller, asked)
+        )
+        return Reservation.make(invocation.id, index, now, self._state.release_key)
+
+    def lease(self, request: Signed) -> Lease:
+        """Checks 1 to 6, for all the uses of a lease. Refusals are as those of ``reserve``. Raises RefusedError."""
+        asked = LeaseRequest.parse(request.body)
+        invocation, index, now = self._answered(
+            request, lambda database, caller: self._reserve(database, caller, asked)
+        )
+        # From the time of the commit: a revocation that came after it is kept waiting no longer than that.
+        expires = _lease_end(invocation.token, now)
+        lease = Lease(invocation.id, asked.uses, asked.bytes_out, expires, index, now)
+        return lease.sign(self._state.release_key)
 
     def settle(self, request: Signed) -> Receipt:
         """Checks 7 to 10. A refusal is logged, gives nothing back, and lets nothing leave. Raises RefusedError."""
@@ -92,9 +113,10 @@ class Budgets:
         )
 
     def _reserve(
-        self, database: sqlite3.Connection, caller: Caller, request: ReserveRequest
-    ) -> tuple[bytes, int] | RefusedError:
-        """The invocation's id and its place in the log; or the refusal, once it is in the log."""
+        self, database: sqlite3.Connection, caller: Caller, request: ReserveRequest | LeaseRequest
+    ) -> tuple[VerifiedInvocation, int, int] | RefusedError:
+        """The invocation, its place in the log, and when; or the refusal, once it is in the log."""
+        uses = request.uses if isinstance(request, LeaseRequest) else 1
         # By the owner's grant: narrowed handles cost nothing to make, and would fill the log one by one. Before a
         # grant has verified, by who asks.
         subject, use = caller.result.instance, dict[str, Any]()
@@ -102,6 +124,10 @@ class Budgets:
             with self._state.transaction():
                 with checking(7, f"a grant of this owner's, of this epoch, good at {self._state.clock()}"):
                     token = self._verify(request.token)
+                    if isinstance(request, LeaseRequest) and uses > token.lease:
+                        raise CapabilityRefused(
+                            "the owner's grant allows no lease of so many uses", code="lease_refused"
+                        )
                 subject, use = token.handles[0], {"asset": token.asset, "handle": token.id}
                 with checking(8, "made by the handle's holder, for this channel, these arguments, in its scope"):
                     invocation = verify_invocation(
@@ -117,10 +143,14 @@ class Budgets:
                 spent = accounts.accounts_of(database, token)
                 with checking(11, f"invocation {text(invocation.id)} never reserved before"):
                     self._open(database, caller, invocation, [one.id for one in spent], request.bytes_out)
-                with checking(12, f"one use and {request.bytes_out} bytes left in every account"):
-                    accounts.spend(database, spent, uses=1, bytes_out=request.bytes_out, now=self._state.clock())
+                now, out = self._state.clock(), uses * request.bytes_out
+                with checking(12, f"{uses} uses and {out} bytes left in every account"):
+                    accounts.spend(database, spent, uses=uses, bytes_out=out, now=now)
                 details = {**use, "invocation": invocation.id, "bytes_out": request.bytes_out}
-                return invocation.id, self._log.append(database, "use", details)
+                if isinstance(request, LeaseRequest):
+                    details |= {"uses": uses, "expires": _lease_end(token, now)}
+                    return invocation, self._log.append(database, "lease", details), now
+                return invocation, self._log.append(database, "use", details), now
         except RefusedError as refusal:
             self._log.refused(database, "use refused", subject, refusal.code, use)
             return refusal

@@ -18,7 +18,7 @@ from attrs import frozen
 
 from isolate.crypto.signing import Purpose
 from isolate.errors import IsolateError, MalformedError, RefusedError, UnavailableError, UsageError
-from isolate.messages import approve, attest, certificate, derive, invoke, limits, owner
+from isolate.messages import approve, attest, certificate, derive, invoke, lease, limits, owner
 from isolate.messages.base import Answer, Message, Refusal, Signed
 from isolate.service.appraiser import Appraiser
 from isolate.service.approvals import Approvals
@@ -144,6 +144,7 @@ ROUTES: dict[str, Route] = {
     "reserve": Route(
         invoke.ReserveRequest, invoke.Reservation, "enclave", lambda s, signed: s.budgets.reserve(signed)
     ),
+    "lease": Route(lease.LeaseRequest, lease.Lease, "enclave", lambda s, signed: s.budgets.lease(signed)),
     "settle": Route(invoke.SettleRequest, invoke.Receipt, "enclave", lambda s, signed: s.budgets.settle(signed)),
     "derive": Route(derive.DeriveRequest, attest.Registered, "enclave", lambda s, signed: s.derived.derive(signed)),
     "standing": Route(
