@@ -94,14 +94,17 @@ class Desk:
 
 
 class Caller:
-    """A holder with a token for ``nothing``, narrowed once."""
+    """A holder with a token for ``nothing``, narrowed once, of this ``epoch`` of the service."""
 
-    def __init__(self, owner_key: SigningKey, parent: Token | None = None, giver: SigningKey | None = None) -> None:
+    def __init__(
+        self, owner_key: SigningKey, parent: Token | None = None, giver: SigningKey | None = None, epoch: int = 1
+    ) -> None:
         self.key = SigningKey.generate()
         self._giver = giver or SigningKey.generate()
         if parent is None:
             scope = Scope(operations={nothing.name: nothing.digest}, uses=2**40)
-            parent = grant(owner_key, asset=ASSET, scope=scope, holder=self._giver.verifying_key.ed25519)
+            holder = self._giver.verifying_key.ed25519
+            parent = grant(owner_key, asset=ASSET, scope=scope, holder=holder, epoch=epoch)
         self.parent = parent
         self.token = parent.attenuate(self._giver, Scope(), self.key.verifying_key.ed25519)
         self.encoded = self.token.encode()
@@ -264,7 +267,7 @@ def _client(folder: Path, owner: Owner, key: SigningKey, load: Load) -> Iterator
     try:
         here.recv()
         with connect(address, identity=first, expect=expect(1), purpose="bench") as channel:
-            yield Client(channel, Caller(key), here)
+            yield Client(channel, Caller(key, epoch=owner.certificate.epoch), here)
     finally:
         here.close()
         process.join(5)
@@ -299,7 +302,7 @@ def run(rounds: int | None, quick: bool) -> tuple[int, Figures]:
         with served(folder) as (owner, address, root, _):
             loads = [Load(owner, address, root, rank) for rank in range(CLIENTS + 1)]
             key = SigningKey.load(folder / "owner.key")
-            one = Caller(key)
+            one = Caller(key, epoch=owner.certificate.epoch)
             siblings = [one, *(one.sibling() for _ in range(CLIENTS - 1))]
             with _client(folder, owner, key, loads[-1]) as client:
                 added: list[float] = []
