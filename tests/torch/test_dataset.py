@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,14 @@ def columns(first: int = 0, rows: int = ROWS) -> dict[str, Any]:
     labels = torch.arange(first, first + rows)
     x[:, -1] = labels.to(torch.uint8)
     return {"x": x, "label": labels}
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A worker in which something was raised keeps torch waiting for five seconds at its end: here for less."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    yield
+    gc.collect()
 
 
 @pytest.fixture

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from isolate.torch.process_group import IsolateProcessGroup
 
 _PUBLIC = {
-    "IsolateProcessGroup": "isolate.torch.process_group",
-    "Peers": "isolate.torch.links",
-    "SealedDataLoader": "isolate.torch.handoff",
-    "SealedDataset": "isolate.torch.dataset",
-    "SealedIterableDataset": "isolate.torch.dataset",
-    "SealedStorageReader": "isolate.torch.checkpoint_reader",
-    "SealedStorageWriter": "isolate.torch.checkpoint_writer",
+    "IsolateProcessGroup": "process_group",
+    "Peers": "links",
+    "SealedDataLoader": "handoff",
+    "SealedDataset": "dataset",
+    "SealedIterableDataset": "dataset",
+    "SealedStorageReader": "checkpoint_reader",
+    "SealedStorageWriter": "checkpoint_writer",
 }
 
 __all__ = [
@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'isolate.torch' has no attribute {name!r}")
     if find_spec("torch") is None:
         raise MissingExtra("torch is not installed", hint="pip install 'isolate-confidential[torch]'")
-    return getattr(import_module(_PUBLIC[name]), name)
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
 def __dir__() -> list[str]:
