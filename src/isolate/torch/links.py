@@ -205,16 +205,20 @@ class Links:
             except ChannelClosed:
                 return
             except IsolateError as error:
-                # Anybody can connect; what is refused here stops nobody else.
-                if isinstance(error, HandshakeRefused) and error.code not in _NOISE:
-                    with self._changed:
-                        self._refused = self._refused or error
-                        self._changed.notify_all()
+                self._note(error)
                 continue
             try:
                 admit(channel, listener.address)
-            except IsolateError:
+            except IsolateError as error:
+                self._note(error)
                 give_up(channel)
+
+    def _note(self, error: IsolateError) -> None:
+        """Anybody can connect, and who is refused stops nobody else; but it may be the rank that is missing."""
+        if isinstance(error, HandshakeRefused) and error.code not in _NOISE:
+            with self._changed:
+                self._refused = self._refused or error
+                self._changed.notify_all()
 
     def _who(self, channel: Channel) -> int:
         """The index of the rank that connected. Raises HandshakeRefused for one that has no business here."""

@@ -32,7 +32,7 @@ from isolate.torch.dtypes import Reduction, flat_bytes
 from isolate.torch.links import Links, Peers
 from isolate.torch.points import Points
 from isolate.torch.rendezvous import Store
-from isolate.torch.staging import Staged, devices_of
+from isolate.torch.staging import Staged, blocks_of, devices_of, same_place
 from isolate.torch.talk import Head, Operation, Talk
 from isolate.torch.work import Queue, Task
 
@@ -277,7 +277,7 @@ class IsolateProcessGroup(dist.ProcessGroup):
             for target, source in zip(targets, sources, strict=True):
                 whole, own = flat_bytes(target.host), flat_bytes(source.host)
                 blocks = [whole[rank * len(own) : (rank + 1) * len(own)] for rank in range(self._size)]
-                if len(own) and not _same(source.host, target.host, self._rank * len(own)):
+                if len(own) and not same_place(source.host, target.host, self._rank * len(own)):
                     blocks[self._rank][:] = own
                 algorithms.all_gather(talk, blocks)
 
@@ -337,7 +337,7 @@ class IsolateProcessGroup(dist.ProcessGroup):
 
         def run(talk: Talk) -> None:
             whole, out = flat_bytes(source.host), flat_bytes(target.host)
-            algorithms.all_to_all(talk, _blocks(whole, sends), _blocks(out, recvs))
+            algorithms.all_to_all(talk, blocks_of(whole, sends), blocks_of(out, recvs))
 
         return self._submit("all_to_all", _plain(Operation.ALL_TO_ALL), run, [source, target], output, options)
 
@@ -497,16 +497,3 @@ def _one(items: list[Any], name: str) -> Any:
 def _plain(operation: Operation, reduction: Reduction | None = None, root: int = 0) -> Callable[[int], Head]:
     number, dtype = (reduction.number, reduction.dtype) if reduction else (0, 0)
     return lambda count: Head(operation, count, number, dtype, root)
-
-
-def _blocks(whole: memoryview, sizes: list[int]) -> list[memoryview]:
-    found, start = [], 0
-    for size in sizes:
-        found.append(whole[start : start + size])
-        start += size
-    return found
-
-
-def _same(one: Any, other: Any, offset: int) -> bool:
-    """Whether a tensor lies at this offset in another: gathered in place."""
-    return bool(one.data_ptr() == other.data_ptr() + offset)

@@ -86,3 +86,17 @@ def room(tensor: Any) -> Any:
 def devices_of(staged: Sequence[Staged]) -> list[Any]:
     """The GPUs that tensors of a future lie on."""
     return list({one.tensor.device for one in staged if not is_host(one.tensor)})
+
+
+def blocks_of(whole: memoryview, sizes: list[int]) -> list[memoryview]:
+    """Cut at these numbers of bytes."""
+    found, start = [], 0
+    for size in sizes:
+        found.append(whole[start : start + size])
+        start += size
+    return found
+
+
+def same_place(one: Any, other: Any, offset: int) -> bool:
+    """Whether a tensor lies at this offset in another: gathered in place."""
+    return bool(one.data_ptr() == other.data_ptr() + offset)
