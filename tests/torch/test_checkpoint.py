@@ -322,3 +322,16 @@ def test_who_can_open_it_must_be_said(tmp_path: Path, owner: SigningKey) -> None
         SealedStorageWriter(tmp_path, sign=owner)
     with pytest.raises(UsageError, match="sign="):
         SealedStorageWriter(tmp_path, sign="key", recipients=[])  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_in_an_object_store(owner: SigningKey, identity: Identity) -> None:
+    pytest.importorskip("obstore", reason="obstore is an extra: pip install 'isolate-confidential[stores]'")
+    url = "memory://checkpoints/run/1"
+    for epoch in (1, 2):
+        writer = SealedStorageWriter(
+            url, recipients=[identity.recipient], sign=owner, epoch=epoch, overwrite=True, threads=1
+        )
+        dcp.save({"w": torch.full((3,), float(epoch))}, storage_writer=writer)
+    found = {"w": torch.zeros(3)}
+    dcp.load(found, storage_reader=SealedStorageReader(url, identity=identity, expect=writer.digest))
+    assert found["w"].tolist() == [2, 2, 2]
