@@ -71,13 +71,16 @@ class Invocation:
         """The fields of a body, once they have the form that they must have."""
         if value["version"] != 1:
             raise _malformed("it is of another version")
-        if any(len(value[name]) != size for name, size in _SIZES.items()) or len(self.signature) != 64:
+        for name, size in _SIZES.items():
+            if len(value[name]) != size:
+                raise _malformed("a field has not its length")
+            object.__setattr__(self, name, value[name])
+        if len(self.signature) != 64:
             raise _malformed("a field has not its length")
         if not 0 <= value["counter"] <= MAX_COUNTER or not 1 <= len(value["operation"]) <= 64:
             raise _malformed("its counter or operation is out of bounds")
-        for name in _FIELDS:
-            if name != "version":
-                object.__setattr__(self, name, value[name])
+        object.__setattr__(self, "counter", value["counter"])
+        object.__setattr__(self, "operation", value["operation"])
 
     @classmethod
     def sign(
@@ -108,8 +111,9 @@ class Invocation:
             "operation_digest": operation_digest,
             "version": 1,
         }
-        if any(type(part) is not _FIELDS[name] for name, part in value.items()):
-            raise _malformed("a field is of another type")
+        for name, part in value.items():
+            if type(part) is not _FIELDS[name]:
+                raise _malformed("a field is of another type")
         body = cbor.encode(value)
         if len(body) > MAX_INVOCATION:
             raise _malformed("it is too long")

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import attrs
@@ -69,8 +69,8 @@ class Message:
     TYPE: ClassVar[str]
 
     def __attrs_post_init__(self) -> None:
-        for name, hint in _limited(type(self)).items():
-            for value, limit in _measured(getattr(self, name), hint):
+        for name, parts in _limited(type(self)):
+            for value, limit in parts(getattr(self, name)):
                 if not limit.admits(value):
                     unit = " bytes" if type(value) is bytes else "" if type(value) is int else " long"
                     raise MalformedError(f"{name} of message {self.TYPE} is {limit}{unit}")
@@ -85,17 +85,21 @@ class Message:
         value = cbor.decode(data, max_size=MAX_MESSAGE)
         if not isinstance(value, dict) or value.pop("type", None) != cls.TYPE:
             raise MalformedError(f"no message of type {cls.TYPE}")
-        fields = hints(cls)
-        if set(value) != set(fields):
+        fields = _checks(cls)
+        if value.keys() != fields.keys():
             raise MalformedError(f"message {cls.TYPE} has missing or unknown fields")
-        for name, hint in fields.items():
-            if not _fits(value[name], hint):
+        for name, fits in fields.items():
+            if not fits(value[name]):
                 raise MalformedError(f"field {name} of message {cls.TYPE} is of the wrong type")
         return cls(**value)
 
 
+_Check = Callable[[Any], bool]
+_Parts = Callable[[Any], Iterable[tuple[Any, Limit]]]
+
 _HINTS: dict[Any, dict[str, Any]] = {}
-_LIMITED: dict[Any, dict[str, Any]] = {}
+_CHECKS: dict[Any, dict[str, _Check]] = {}
+_LIMITED: dict[Any, tuple[tuple[str, _Parts], ...]] = {}
 
 
 def hints(cls: Any) -> dict[str, Any]:
@@ -106,53 +110,76 @@ def hints(cls: Any) -> dict[str, Any]:
     return _HINTS.setdefault(cls, {one.name: found[one.name] for one in attrs.fields(cls)})
 
 
-def _limited(cls: Any) -> dict[str, Any]:
-    """Those of a message's fields that have a limit somewhere."""
+def _checks(cls: Any) -> dict[str, _Check]:
+    """For each of a message's fields, whether a value is of its type."""
+    if cls in _CHECKS:
+        return _CHECKS[cls]
+    return _CHECKS.setdefault(cls, {name: _check(hint) for name, hint in hints(cls).items()})
+
+
+def _limited(cls: Any) -> tuple[tuple[str, _Parts], ...]:
+    """Those of a message's fields that have a limit somewhere, and what finds the parts of a value under one."""
     if cls in _LIMITED:
         return _LIMITED[cls]
-    return _LIMITED.setdefault(cls, {name: hint for name, hint in hints(cls).items() if _has_limit(hint)})
+    found = tuple((name, _parts(hint)) for name, hint in hints(cls).items() if _has_limit(hint))
+    return _LIMITED.setdefault(cls, found)
 
 
 def _has_limit(hint: Any) -> bool:
     return isinstance(hint, Limit) or any(_has_limit(part) for part in get_args(hint))
 
 
-def _measured(value: Any, hint: Any) -> Iterator[tuple[Any, Limit]]:
-    """Every part of a value that has a limit, with its limit. What is of another type has none here."""
-    origin = get_origin(hint)
-    if origin is Annotated:
-        inner, *notes = get_args(hint)
-        if _fits(value, inner):
-            yield from ((value, note) for note in notes if isinstance(note, Limit))
-        yield from _measured(value, inner)
-    elif origin in (Union, types.UnionType):
-        for part in get_args(hint):
-            yield from _measured(value, part)
-    elif origin is list and isinstance(value, list):
-        for part in value:
-            yield from _measured(part, get_args(hint)[0])
-    elif origin is dict and isinstance(value, dict):
-        for key, part in value.items():
-            yield from _measured(key, get_args(hint)[0])
-            yield from _measured(part, get_args(hint)[1])
+def _parts(hint: Any) -> _Parts:
+    """What finds every part of a value that has a limit, with its limit. What is of another type has none here.
 
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
+    Both this and ``_check`` look at the type once, and not at every message again.
+    """
+    if not _has_limit(hint):
+        return lambda value: ()
+    origin, given = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _fits(value, get_args(hint)[0])
+        fits, notes = _check(given[0]), tuple(note for note in given[1:] if isinstance(note, Limit))
+        own: _Parts = lambda value: [(value, note) for note in notes] if fits(value) else []  # noqa: E731
+        return own if not _has_limit(given[0]) else _all(own, _parts(given[0]))
     if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if hint is type(None):
-        return value is None
+        return _all(*map(_parts, given))
     if origin is list:
-        (item,) = get_args(hint)
-        return isinstance(value, list) and all(_fits(part, item) for part in value)
+        item = _parts(given[0])
+        return lambda value: [one for part in value for one in item(part)] if isinstance(value, list) else []
     if origin is dict:
-        key, item = get_args(hint)
-        return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
+        entry = _parts(given[0]), _parts(given[1])
+        return lambda value: (
+            [one for pair in value.items() for parts, part in zip(entry, pair, strict=True) for one in parts(part)]
+            if isinstance(value, dict)
+            else []
+        )
+    return lambda value: ()
+
+
+def _all(*several: _Parts) -> _Parts:
+    return lambda value: [one for parts in several for one in parts(value)]
+
+
+def _check(hint: Any) -> _Check:
+    """What says whether a value is of this type."""
+    origin, given = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _check(given[0])
+    if origin in (Union, types.UnionType):
+        several = tuple(map(_check, given))
+        return lambda value: any(fits(value) for fits in several)
+    if hint is type(None):
+        return lambda value: value is None
+    if origin is list:
+        item = _check(given[0])
+        return lambda value: isinstance(value, list) and all(map(item, value))
+    if origin is dict:
+        key, part = map(_check, given)
+        return lambda value: isinstance(value, dict) and all(map(key, value)) and all(map(part, value.values()))
+    if hint is Any:
+        return lambda value: True
     # bool is an int to isinstance, never to us.
-    return hint is Any or type(value) is hint
+    return lambda value: type(value) is hint
 
 
 @frozen
