@@ -232,7 +232,7 @@ class ReleaseContext(Message):
 
 @frozen
 class StandingRequest(Message):
-    """Body of a Signed request by an enclave: are the instances at the other ends of its channels still admitted?"""
+    """Body of a Signed request by an enclave: are the instances at the other ends of its channels admitted?"""
 
     TYPE = "standing-request"
     instances: Annotated[list[Bytes32], Limit(0, MAX_INSTANCES)]
