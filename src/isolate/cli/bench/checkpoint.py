@@ -1,6 +1,6 @@
 """Sealed checkpoints against torch.distributed.checkpoint's own files, in plaintext: saved and loaded.
 
-One process, 512 MiB in tensors of 64 MiB and less, durable when it answers. Both sides use the same number of
+One process, 256 MiB in tensors of 32 MiB and less, durable when it answers. Both sides use the same number of
 threads to write, and load into memory that is there. Figures are ratios of throughput: above 1 is faster.
 
     >>> from isolate.cli.bench.checkpoint import RATIOS
@@ -35,13 +35,13 @@ RATIOS = {
 
 
 def run(rounds: int | None, quick: bool) -> tuple[int, Figures]:
-    """512 MiB, seven rounds; ``quick``: 32 MiB, three rounds. Raises MissingExtra without torch."""
+    """256 MiB, seven rounds; ``quick``: 32 MiB, three rounds. Raises MissingExtra without torch."""
     if find_spec("torch") is None:
         raise MissingExtra("this benchmark needs torch", hint="pip install 'isolate-confidential[torch]'")
     rounds = rounds or (3 if quick else 7)
     with tempfile.TemporaryDirectory(prefix="isolate-bench-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that this is a single process
-        bench = _Bench(Path(folder), (32 if quick else 512) * _MIB)
+        bench = _Bench(Path(folder), (32 if quick else 256) * _MIB)
         work = {"save": bench.save, "dcp_save": bench.dcp_save, "load": bench.load, "dcp_load": bench.dcp_load}
         figures = paired(rounds, {name: lambda one=one: bench.rate(one) for name, one in work.items()}, RATIOS)  # type: ignore[misc]
     return rounds, figures
