@@ -79,14 +79,14 @@ def test_granting_says_every_limit(shop: Shop) -> None:
     more = (
         "--uses 9 --bytes-out 4096 --rate 60=10 --rate 86400=100 --parameter op.top=1..5 --parameter op.what=3,b "
         "--result label=10 --result vector=8,16 --result handle --minimum-group 12 --not-before 1700000000 "
-        "--expires 2100-01-01 --depth 2"
+        "--expires 2100-01-01 --depth 2 --lease 64"
     )
     granted = shop.grant(more)
     token = Token.from_text(HandleFile.load("team.handle").token)
     assert token.id.hex() == granted and token.asset == "a/b" and token.holder == shop.team.verifying_key.ed25519
     scope = token.scope
     assert scope.operations == {"op": b"d" * 32}
-    assert (scope.uses, scope.bytes_out, scope.minimum_group, scope.depth) == (9, 4096, 12, 2)
+    assert (scope.uses, scope.bytes_out, scope.minimum_group, scope.depth, scope.lease) == (9, 4096, 12, 2, 64)
     assert (scope.not_before, scope.expires) == (1_700_000_000, 4_102_444_800)
     assert scope.rates == {60: 10, 86400: 100}
     assert scope.parameters == {"op": {"top": Range(1, 5), "what": Choices([3, "b"])}}

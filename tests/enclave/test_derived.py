@@ -200,3 +200,16 @@ def test_an_enclave_derives_only_in_a_use_of_its_own_that_is_under_way(realm: An
     realm.tell("revoke", Revoke(token.id))
     assert code(one, derived_name("a/b", numbers[2]), numbers[2]) == "revoked"
     assert len(realm.entries("derive")) == 1
+
+
+@pytest.mark.threat("BUD-12")
+def test_no_lease_where_a_derived_asset_is_made_or_used(realm: Any, serve: Any) -> None:
+    """An open one is kept in memory: only the service knows that its handle was revoked meanwhile."""
+    server, person = serve(), Person()
+    token = realm.grant(person.key, operations=GRANTED, lease=50)
+    tuned = person.ask(server, token, finetune, add=1).value
+    assert person.ask(server, token, finetune, add=2).code == ""
+    assert [person.ask(server, token, total, model=tuned).value for _ in range(2)] == [14, 14]
+    realm.tell("revoke", Revoke(token.id))
+    assert person.ask(server, token, total, model=tuned).code == "revoked"
+    assert not realm.entries("lease")

@@ -186,3 +186,12 @@ def test_declarations_and_calls_that_are_none(cast: Cast) -> None:
     with pytest.raises(CapabilityRefused):
         survey.invoke("compare", limit=3)
     assert cbor.encode(Joined("c/d").schema()) != cbor.encode(Joined("a/b").schema())
+
+
+@pytest.mark.threat("BUD-11")
+def test_a_lease_pays_for_no_use_of_several_handles(cast: Cast) -> None:
+    """Else the other asset's handle would be used for nothing."""
+    survey, register = cast.handle("a/b", lease=50), cast.handle("c/d", uses=2, lease=50)
+    assert [cast.code(survey, register) for _ in range(3)] == ["", "", "budget_exhausted"]
+    assert not cast.realm.entries("lease")
+    assert sorted(cast.used()) == ["a/b", "a/b", "c/d", "c/d"]
