@@ -11,7 +11,6 @@ HolderRefused, an operation that the handle does not allow ScopeExceeded, anythi
 
 from __future__ import annotations
 
-import re
 from hashlib import sha256
 from hmac import compare_digest
 from typing import Any, Self
@@ -33,32 +32,6 @@ _MADE_HERE = object()
 
 _SIZES = {"handle": 32, "operation_digest": 32, "argument_hash": 32, "channel_binding": 32, "nonce": NONCE_SIZE}
 _FIELDS: dict[str, type] = {**dict.fromkeys(_SIZES, bytes), "operation": str, "counter": int, "version": int}
-
-# The encodings of nearly every body and invocation, in their one order of keys, with every head in its shortest
-# form. What matches has the same fields for the reader, which takes ten times as long; what does not match is left
-# to the reader, so that nothing is refused here.
-_BODY = re.compile(
-    rb"\xa8\x65nonce\x50(?P<nonce>.{16})\x66handle\x58\x20(?P<handle>.{32})"
-    rb"\x67counter(?P<counter>[\x00-\x17]|\x18[\x18-\xff]|\x19(?!\x00).{2}|\x1a(?!\x00\x00).{4})"
-    rb"\x67version\x01\x69operation(?P<head>[\x61-\x77])(?P<operation>[!-~]{1,23})"
-    rb"\x6dargument_hash\x58\x20(?P<argument_hash>.{32})\x6fchannel_binding\x58\x20(?P<channel_binding>.{32})"
-    rb"\x70operation_digest\x58\x20(?P<operation_digest>.{32})",
-    re.DOTALL,
-)
-_WHOLE = re.compile(rb"\xa2\x64body\x58(.)(.{24,255})\x69signature\x58\x40(.{64})", re.DOTALL)
-
-
-def _body(raw: bytes) -> dict[str, Any] | None:
-    """The fields of a body of the usual form."""
-    found = _BODY.fullmatch(raw) if type(raw) is bytes else None
-    if found is None or found["head"][0] - 0x60 != len(found["operation"]):
-        return None
-    value: dict[str, Any] = found.groupdict()
-    counter = value["counter"]
-    value["counter"] = counter[0] if len(counter) == 1 else int.from_bytes(counter[1:])
-    value["operation"] = value["operation"].decode()
-    value["version"] = 1
-    return value
 
 
 def hash_arguments(encoded: bytes) -> bytes:
@@ -89,7 +62,7 @@ class Invocation:
 
     def __attrs_post_init__(self) -> None:
         try:
-            value = _body(self.body) or cbor.record(self.body, _FIELDS, max_size=MAX_INVOCATION)
+            value: dict[str, Any] = cbor.record(self.body, _FIELDS, max_size=MAX_INVOCATION)
         except MalformedError as error:
             raise _malformed(error.message) from None
         self._take(value)
@@ -163,9 +136,6 @@ class Invocation:
     @classmethod
     def parse(cls, data: bytes) -> Self:
         """Read it. Raises CapabilityRefused."""
-        found = _WHOLE.fullmatch(data) if type(data) is bytes else None
-        if found is not None and found[1][0] == len(found[2]):
-            return cls(found[2], found[3])
         try:
             value = cbor.record(data, {"body": bytes, "signature": bytes}, max_size=MAX_INVOCATION)
         except MalformedError as error:
