@@ -48,14 +48,13 @@ from isolate.messages.http import Address, fetch, post
 CANARY = "c4n4ry-in-a-request"
 JOB = "fuzz/job"
 
-AUDIENCE = "svc/1"  # the service's name, and its epoch
 
 # Twice in the list, drawn twice as often.
 HOW = ["valid"] * 6 + ["limit"] * 3 + ["type", "unknown", "missing", "name", "deep", "flip", "cut", "raw"]
 ODD = [""] * 12 + ["method", "path", "tail", "header", "log", "huge"]
 
 TEXT = st.one_of(
-    st.text(max_size=40), st.just(CANARY), st.sampled_from(["", "a/b", JOB, AUDIENCE, "x" * 129, "\x00", "\u202e"])
+    st.text(max_size=40), st.just(CANARY), st.sampled_from(["", "a/b", JOB, "x" * 129, "\x00", "\u202e"])
 )
 ANYTHING: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**64), 2**64 - 1) | st.binary(max_size=40) | TEXT,
@@ -70,8 +69,8 @@ ANYTHING: st.SearchStrategy[Any] = st.recursive(
 class Description:
     """The service's description, and what can be made of it."""
 
-    def __init__(self, told: dict[str, Any], keys: list[bytes]) -> None:
-        self.told, self.keys = told, keys
+    def __init__(self, told: dict[str, Any], keys: list[bytes], audience: str) -> None:
+        self.told, self.keys, self.audience = told, keys, audience
         self.routes = {path: item["post"] for path, item in told["paths"].items() if "post" in item}
         self.files = [path for path, item in told["paths"].items() if "get" in item]
 
@@ -133,7 +132,7 @@ class Description:
         outer, around = schema["allOf"]
         fields = {
             "body": self.values(around["properties"]["body"]["contentSchema"]).map(cbor.encode),
-            "audience": st.sampled_from([AUDIENCE] * 3 + ["svc/2"]),
+            "audience": st.sampled_from([self.audience] * 3 + ["svc/2"]),
             "key": st.sampled_from([*self.keys, bytes(64)]),
         }
         made = st.tuples(self.values(outer), st.fixed_dictionaries(fields))
@@ -238,7 +237,7 @@ def signed(draw: Any, told: Description, signers: dict[str, tuple[SigningKey, st
         token = draw(TEXT)
     fresh = Secret.generate(32).expose().tobytes()
     nonce = bytes(32) if seldom(draw, 8) else fresh
-    made = Signed.make(Purpose(purpose), key, body, nonce, AUDIENCE, token)
+    made = Signed.make(Purpose(purpose), key, body, nonce, told.audience, token)
     return "POST", path, made.encode(), {"Content-Type": "application/cbor"}
 
 
@@ -336,7 +335,8 @@ def fuzz(serving: Callable[..., Any], requests: int, **how: Any) -> Counter[tupl
     certificate = post(service.address, "certificate", CertificateRequest(), ServiceCertificate)
     enclave = attested(service)
     keys = [one.verifying_key.to_bytes() for one in (service.owner, enclave[0])]
-    told = Description(json.loads(fetch(service.address, "/openapi.json", most=1 << 20)), keys)
+    description = json.loads(fetch(service.address, "/openapi.json", most=1 << 20))
+    told = Description(description, keys, certificate.audience)
     signers = {"owner": (service.owner, ""), "enclave": enclave, "holder": (SigningKey.generate(), "")}
     passphrase = (service.folder / "passphrase").read_bytes().strip()
     caller = Caller(service.address, [passphrase, os.fsencode(service.folder)])

@@ -138,11 +138,10 @@ def test_keys_of_another_service_are_refused(tmp_path: Path) -> None:
     with pytest.raises(IsolateError) as refused:
         opened(tmp_path / "one")
     assert refused.value.code == "unauthenticated_origin"
-    # Of the same owner, it is a whole other service: its own certificate goes with its keys, and whoever has
-    # pinned the first one's name or log sees it.
     mine.write_bytes((tmp_path / "two" / "keys.sealed").read_bytes())
-    with opened(tmp_path / "one") as state:
-        assert state.certificate == certificates[1]
+    with pytest.raises(StorageError) as mixed:
+        opened(tmp_path / "one")
+    assert mixed.value.code == "epoch_mixed"
     seeds = {name: Secret.generate(32) for name in ("release", "result", "log", "recipient-0")}
     with pytest.raises(StorageError):
         Keyring(certificates[0], seeds)

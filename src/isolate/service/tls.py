@@ -1,8 +1,8 @@
 """Key and certificate of the service's TLS listener: given as files, or made once and kept in the state.
 
     >>> key, certificate = tls.self_signed("127.0.0.1", not_before=0, not_after=2_000_000_000)
-    >>> TlsIdentity.read(key + certificate)
-    TlsIdentity(pin=b'...', self_signed=True)
+    >>> TlsIdentity.read(key + certificate).self_signed
+    True
 
 Clients compare the certificate itself with the pin in their address, so what counts is that it stays: neither its
 names nor its dates do. TLS 1.3 only. It hides what the messages do not: digests, names, tokens. Messages stay
