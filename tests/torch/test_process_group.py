@@ -406,3 +406,23 @@ def test_a_forked_process_is_told(pair: Job) -> None:
     with pytest.raises(UsageError, match="fork"):
         group.allreduce([torch.ones(1)])
     group._pid = os.getpid()
+
+
+def test_a_thread_sends_what_is_long_where_there_are_cores() -> None:
+    """Whether a rank does is its own affair: the others need not know."""
+    job = Job(3)
+    for group in job.groups[:2]:
+        group._links.spare = True
+
+    def work(group: Any, rank: int) -> None:
+        for _ in range(2):
+            tensor = torch.full((2_000_001,), rank + 1.0)
+            group.allreduce([tensor]).wait()
+            assert tensor.eq(6).all()
+            group.broadcast([tensor], options(rootRank=2)).wait()
+            group.allreduce([small := torch.ones(3)]).wait()
+            assert small.eq(3).all()
+
+    job.run(work)
+    assert job.groups[0]._links.link(1)._sender is not None and job.groups[2]._links.link(0)._sender is None
+    job.close()

@@ -4,8 +4,9 @@
     >>> [len(one) for one in pieces(memoryview(bytearray(PIECE + 5)), 3)]
     [524288, 5, 0]
 
-A ring in shared memory takes a few pieces without anybody reading, so the thread that works on a collective sends
-by itself. A socket may take none: there a thread sends, or two ranks that send at once would wait for ever.
+A ring in shared memory takes a few pieces without anybody reading, so the thread that works on a collective can
+send by itself, which is the fastest where each rank has a core or two. A socket may take none: there a thread
+sends, or two ranks that send at once would wait for ever. With more cores one sends what is long on a ring too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from isolate.torch.links import Links
 
 PIECE = 1 << 19  # bytes of one record: large enough to be cheap, small enough to stay in a cache
-AHEAD = {True: 2, False: 4}  # pieces sent before one must have come, by whether the caller's thread sends
+AHEAD = {True: 2, False: 8}  # pieces sent before one must have come, by whether the caller's own thread sends
 MAX_FIRST = 20 + (1 << 15)  # bytes of a message that begins with a header
 _ENOUGH = 16  # pieces that wait for the sender
 
@@ -55,13 +56,18 @@ class Link:
         self._over = False
         self._idle = threading.Condition()
         self._queued = 0
-        if not self.inline:
-            threading.Thread(target=self._work, name="isolate-send", daemon=True).start()
+        self._sender: threading.Thread | None = None
 
-    def send(self, data: memoryview) -> None:
-        """Raises RankFailed."""
-        if not self.inline:
+    def send(self, data: memoryview, *, queued: bool = False) -> None:
+        """``queued``: by the thread, though this is a ring. One collective does the one or the other, then flushes.
+
+        Raises RankFailed.
+        """
+        if queued or not self.inline:
             self._links.check()
+            if self._sender is None:
+                self._sender = threading.Thread(target=self._work, name="isolate-send", daemon=True)
+                self._sender.start()
             with self._idle:
                 self._queued += 1
             self._queue.put(data)
@@ -127,5 +133,5 @@ class Link:
     def _end(self) -> None:
         with self._idle:
             self._idle.notify_all()
-        if not self.inline:
+        if self._sender is not None:
             threading.Thread(target=self._queue.put, args=(None,), daemon=True).start()

@@ -15,16 +15,16 @@ Whatever goes wrong with a rank ends the group on every rank, with RankFailed, w
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from attrs import evolve
 
 from isolate.channel import Attested, AttestedPeer, Channel, Expect, Listener, connect, listen
-from isolate.crypto import cbor
 from isolate.errors import (
     ChannelClosed,
     ChannelError,
@@ -47,6 +47,9 @@ HANDSHAKE = 30.0  # seconds for one, and for one control message
 # A refusal that a stray or broken connection can cause. The others mean that a rank is not who it should be.
 _NOISE = {"malformed", "peer_gone", "out_of_order", "handshake_refused"}
 _ACCEPTORS = 4
+CORES = 3  # for a rank, from which a second thread of it finds one
+# What ends one group, and says nothing about the rank in others.
+_OF_ONE_GROUP = {"collective_mismatch", "group_over", "rank_aborted", "rank_left", "rank_missing"}
 LINK, POINT = b"link", b"point"
 
 
@@ -61,12 +64,6 @@ class Peers(Protocol):
     def expect(self, rank: int | None) -> Expect:
         """The pins on a rank of the same job; None: any rank of it."""
         ...
-
-
-def group_name(group: str, ranks: tuple[int, ...]) -> str:
-    """What both ends of every channel of a group must agree on: its name and its members, in order."""
-    members = hashlib.sha256(cbor.encode(list(ranks))).hexdigest()[:32]
-    return f"torch/1/{members}/{hashlib.sha256(group.encode()).hexdigest()[:32]}"
 
 
 class Links:
@@ -84,11 +81,12 @@ class Links:
         self.started = 0  # collectives
         self.waiting: int | None = None  # the rank that a collective waits for, now
         self.moved = time.monotonic()  # when a collective last got something
+        self.spare = False  # whether there are cores for a second thread of every rank here
         self.watched: list[Callable[[float], tuple[str, int | None] | None]] = []  # what may be late
         self._on_point: Callable[[int, Channel], None] | None = None
         self._on_end: Callable[[], None] | None = None
         self._identity, self._peers = peers.attested(), peers
-        self._group = group_name(group, ranks)
+        self._group = rendezvous.group_name(group, ranks)
         self._links: list[Link | None] = [None] * self.size
         self._control: list[Channel | None] = [None] * self.size
         self._hints: list[Hint | None] = [None] * self.size
@@ -102,6 +100,7 @@ class Links:
         self._patience = timeout + max(5.0, timeout / 4)
         self._roster = Roster(ranks, me=rank, beat=self._beat, clock=time.monotonic)
         self._boot = rendezvous.boot()
+        _LIVE.add(self)
         if self.size == 1:
             return
         try:
@@ -147,6 +146,8 @@ class Links:
         # Only now: a rank below us connects for points too, and had published before we connected.
         for index in range(self.rank + 1, self.size):
             self._hints[index] = self._hint(store, index, deadline)
+        here = 1 + sum(hint is not None and hint.boot == self._boot for hint in self._hints)
+        self.spare = len(os.sched_getaffinity(0)) >= CORES * here
 
     def _thread(self, work: Callable[..., None], *arguments: object) -> None:
         threading.Thread(target=work, args=arguments, name="isolate-links", daemon=True).start()
@@ -362,6 +363,10 @@ class Links:
         self._farewell.join(0.2)
         # Whoever is blocked in a channel wakes up.
         self._give_up_links()
+        for other in list(_LIVE):
+            # The other groups of this rank, which may have longer limits: the job has lost a rank.
+            if other._peers is self._peers and error.rank in other.ranks and error.code not in _OF_ONE_GROUP:
+                other.fail(error)
         return error
 
     def _give_up_links(self) -> None:
@@ -476,6 +481,9 @@ class Links:
             give_up(control)
         if self._doors is not None:
             self._doors.close()
+
+
+_LIVE: weakref.WeakSet[Links] = weakref.WeakSet()
 
 
 def _same_instance(one: Channel, other: Channel) -> bool:

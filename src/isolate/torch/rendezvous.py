@@ -12,6 +12,7 @@ it (docs/spec/process-group.md, 2); who answers there must prove to be the rank 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import socket
@@ -170,3 +171,9 @@ def fetch(store: Store, rank: int, deadline: float, stop: Callable[[], None]) ->
 
 def publish(store: Store, rank: int, hint: Hint) -> None:
     store.set(f"hint/{rank}", hint.encode())
+
+
+def group_name(group: str, ranks: tuple[int, ...]) -> str:
+    """What both ends of every channel of a group must agree on: its name and its members, in order."""
+    members = hashlib.sha256(cbor.encode(list(ranks))).hexdigest()[:32]
+    return f"torch/1/{members}/{hashlib.sha256(group.encode()).hexdigest()[:32]}"

@@ -23,6 +23,7 @@ from isolate.torch.link import AHEAD, MAX_FIRST, Link
 from isolate.torch.links import Links
 
 HEAD = struct.Struct(">BBBxIIQ")
+LONG = 1 << 22  # bytes from which a thread of its own is worth its start, where there is a core for it
 SMALL = MAX_FIRST - HEAD.size  # bytes that travel in the message of their header
 
 
@@ -76,6 +77,8 @@ class Talk:
     def __init__(self, links: Links, head: Head) -> None:
         self.links, self.rank, self.size = links, links.rank, links.size
         self._head, self._raw = head, head.encode()
+        # Only to be known by this rank: the bytes are the same.
+        self.queued = links.spare and head.size >= LONG
         self._told: set[int] = set()
         self._heard: set[int] = set()
         self._link: dict[int, Link] = {}
@@ -89,18 +92,20 @@ class Talk:
     @property
     def inline(self) -> bool:
         """Whether a buffer was sealed when ``send`` answers, on every link."""
-        return all(self.links.link(peer).inline for peer in range(self.size) if peer != self.rank)
+        return not self.queued and all(
+            self.links.link(peer).inline for peer in range(self.size) if peer != self.rank
+        )
 
     def send(self, peer: int, data: memoryview) -> None:
         link = self.link(peer)
         if peer not in self._told:
             self._told.add(peer)
             if len(data) <= SMALL:
-                link.send(memoryview(self._raw + bytes(data)))
+                link.send(memoryview(self._raw + bytes(data)), queued=self.queued)
                 return
-            link.send(memoryview(self._raw))
+            link.send(memoryview(self._raw), queued=self.queued)
         self.links.waiting = peer
-        link.send(data)
+        link.send(data, queued=self.queued)
 
     def recv(self, peer: int, into: memoryview) -> None:
         link = self.link(peer)
@@ -150,7 +155,7 @@ class Talk:
         before it has got one, so that all of a ring may send before they read (docs/spec/process-group.md, 5).
         """
         sent, total = 0, len(out) if to is not None else 0
-        ahead = AHEAD[self.link(to).inline] if to is not None else 0
+        ahead = AHEAD[self.link(to).inline and not self.queued] if to is not None else 0
         for index in range(len(into) if source is not None else 0):
             while sent < total and sent < index + ahead and sent < index + lag:
                 self._put(to, out[sent])
