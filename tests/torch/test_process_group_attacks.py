@@ -126,17 +126,21 @@ def test_a_wrong_measurement_gets_no_result_at_all() -> None:
 
 
 @pytest.mark.threat("DIST-1")
-def test_ranks_of_another_group_are_refused() -> None:
-    """Same job, true ranks, but they mean another set of members."""
+@pytest.mark.parametrize("members", [(0, 1), (2, 1)], ids=["another name", "other members"])
+def test_ranks_of_another_group_are_refused(members: tuple[int, ...]) -> None:
+    """Same job, true ranks, but they mean another group."""
     store, found = dist.HashStore(), [None, None]
 
-    def one(rank: int, ranks: tuple[int, ...]) -> None:
+    def one(rank: int, ranks: tuple[int, ...], group: str) -> None:
         try:
-            IsolateProcessGroup(store, rank, 2, peers=RANKS.peers(rank), timeout=2.0, ranks=ranks, group=str(ranks))
+            IsolateProcessGroup(store, rank, 2, peers=RANKS.peers(rank), timeout=1.5, ranks=ranks, group=group)
         except IsolateError as error:
             found[rank] = error
 
-    threads = [threading.Thread(target=one, args=(0, (0, 1))), threading.Thread(target=one, args=(1, (2, 1)))]
+    threads = [
+        threading.Thread(target=one, args=(0, (0, 1), "a")),
+        threading.Thread(target=one, args=(1, members, "b")),
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
