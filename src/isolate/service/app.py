@@ -11,6 +11,7 @@ unforeseen is 500 with the code ``internal`` and no more. Spec: docs/spec/servic
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import time
@@ -35,6 +36,7 @@ from isolate.service.metrics import Metrics
 from isolate.service.openapi import description
 from isolate.service.routes import Service
 
+DRAIN_SIZE, DRAIN_TIMEOUT = 64 * 1024, 1.0  # bytes and seconds that are read of a request that is refused at once
 BODY_TIMEOUT = 30  # seconds for a whole body
 SCRAPE_TIMEOUT = 1  # seconds that figures wait for the state; then the last ones are told
 
@@ -54,6 +56,18 @@ def refuse(status: int, message: str, *, wait: float | None = None) -> Response:
     kind = ServiceUnavailable.default_code if wait is not None else ""
     headers = None if wait is None else {"Retry-After": str(max(1, math.ceil(wait)))}
     return respond(status, Refusal(code, message, "", "", kind), headers)
+
+
+async def _drain(receive: Receive) -> None:
+    """Read what a refused request sends, within limits: closed before that, a socket may lose the refusal."""
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_TIMEOUT):
+            while size <= DRAIN_SIZE:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
 
 
 class Application:
@@ -92,8 +106,9 @@ class Application:
             await send(message)
 
         app: ASGIApp = self._app
-        if scope["path"] != "/health":
-            app = self._limit(seen) or app
+        if scope["path"] != "/health" and (refusal := self._limit(seen)):
+            await _drain(receive)
+            app = refusal
         try:
             await app(scope, receive, sending)
         except Exception as error:  # noqa: BLE001 (the boundary: a type's name is all that is kept)
