@@ -113,7 +113,8 @@ def bodies(realm: Any) -> list[tuple[str, bytes]]:
 
 def mutate(body: bytes, dice: random.Random) -> bytes:
     changed = bytearray(body)
-    for _ in range(dice.randint(1, 3)):
+    # Until it is another: a byte may be changed to what it was.
+    while changed == body:
         at = dice.randrange(len(changed) + 1)
         match dice.randrange(5):
             case 0 if changed:
