@@ -50,10 +50,11 @@ class Ranks:
     measurement: bytes = MEASUREMENT
     root: SimulatedRoot = field(factory=SimulatedRoot.generate)
     issuer: SigningKey = field(factory=SigningKey.generate)
-    now: int = field(init=False)
 
-    def __attrs_post_init__(self) -> None:
-        object.__setattr__(self, "now", self.root.now())
+    @property
+    def now(self) -> int:
+        """Unix seconds: of this moment, so that what is made later is of the present too."""
+        return self.root.now()
 
     @property
     def policy(self) -> Policy:
