@@ -25,5 +25,5 @@ def test_a_stock_grpc_cluster_runs_and_refuses_who_is_not_of_it(tmp_path: Path) 
     assert "with one of its own making: refused: UNAVAILABLE" in said
     assert re.search(r"of another trust domain: .*spiffe://rival\.simulated/.*refused: UNAVAILABLE", said)
     # The same server, all the while, to a workload of the job; each end renewed twice at least, no call was lost.
-    assert {"1", "2", "3"} <= set(re.findall(r"rank 1: certificate (\d+) here", said))
+    assert max(map(int, re.findall(r"rank 1: certificate (\d+) here", said))) >= 3
     assert re.search(r"'done', 'calls': \d+, 'refused': 0", said)
