@@ -15,7 +15,7 @@ from isolate.attestation.policy import SignedPolicy
 from isolate.crypto.kem import Identity
 from isolate.crypto.secret import Secret
 from isolate.crypto.signing import Purpose, SigningKey
-from isolate.errors import IsolateError, LogRefused, StorageError, UsageError
+from isolate.errors import IsolateError, LogRefused, Revoked, StorageError, UsageError
 from isolate.messages.attest import Registered, RegisterRequest, Release, ReleaseRequest
 from isolate.messages.base import Message, Signed
 from isolate.messages.certificate import BundleRequest, TrustBundle
@@ -23,11 +23,13 @@ from isolate.messages.invoke import Reservation, SettleRequest
 from isolate.messages.owner import AssetRule, Done, PolicyUpdate, Revoke, Rollback
 from isolate.sealed.recipients import Passphrase
 from isolate.service import keyring
+from isolate.service.derived import readers_rule
 from isolate.service.head import Head
 from isolate.service.keyring import Keyring
 from isolate.service.recovery import recover, rotate
 from isolate.service.state import create
 from isolate.transparency import Checkpoint
+from isolate.transparency.checkpoint import sign_checkpoint
 
 
 def again(realm: Any, act: Callable[..., Any] = recover, **options: Any) -> Any:
@@ -251,6 +253,31 @@ def test_keys_of_before_a_rotation_do_not_go_with_what_came_after(
     again(realm, rotate, unlock=realm.recovery, new=new_pass)
     realm.enclave().unlock(sealed.public_facts(path))
     assert old_unlock is not new_pass
+
+
+@pytest.mark.threat("SVC-70")
+def test_what_was_derived_has_ended_with_its_handle(realm: Any) -> None:
+    handle = b"h" * 32
+    with realm.state.transaction() as database:
+        database.execute("INSERT INTO derived VALUES ('a/b/derived', 'a/b', ?)", (handle,))
+    again(realm)
+    with realm.state.transaction() as database:
+        assert database.execute("SELECT handle FROM revoked").fetchall() == [(handle,)]
+        with pytest.raises(Revoked):
+            readers_rule(database, "a/b/derived")
+
+
+@pytest.mark.threat("SVC-70")
+def test_a_recovery_is_run_again_beside_the_checkpoint_of_an_earlier_epoch(realm: Any) -> None:
+    """It was interrupted before the kept file was put aside: that note is of a log that has ended."""
+    note = realm.service.log.checkpoint()
+    again(realm)
+    assert again(realm, kept=note).epoch == 3
+    assert realm.entries("recovery")[-1]["kept"] is None
+    # A note of another service is still no note of ours.
+    other = sign_checkpoint(SigningKey.generate(), "isolate/other/1", 1, bytes(32))
+    with pytest.raises(LogRefused):
+        again(realm, kept=other)
 
 
 @pytest.mark.threat("SVC-70")

@@ -166,6 +166,7 @@ def serve_command(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with State(state, unlock=opener, clock=clock) as opened, contextlib.ExitStack() as undo:
         service = Service(opened)
+        undo.callback(service.close)
         if checkpoint:
             undo.enter_context(Head(opened, service.log, Path(checkpoint), first=bool(init or recover)))
         identity = None
