@@ -27,6 +27,7 @@ from isolate.messages.approve import (
     Wish,
 )
 from isolate.messages.base import Answer
+from isolate.service.recovery import recover
 
 
 class Office:
@@ -364,3 +365,20 @@ def test_what_an_export_is_not_even_asked_for(office: Office) -> None:
 def test_an_answer_of_another_kind_is_none(named: Office) -> None:
     with pytest.raises(MalformedError):
         Export.parse(Answer(b"r" * 32, b"", b"").encode())
+
+
+@pytest.mark.threat("EXP-5")
+def test_after_a_recovery_approvers_agree_on_themselves_before_anything_leaves(named: Office) -> None:
+    """An old copy does not know whether others had followed them: even their new approvals count for nothing."""
+    realm, (first, second, _) = named.realm, named.people
+    before = [named.approve(first), named.approve(second)]
+    realm.state.close()
+    recover(realm.folder / "state", owner=realm.owner, unlock=realm.unlock, clock=realm.clock)
+    realm.open()
+    assert named.code(before) == "unconfirmed"
+    assert named.code([named.approve(first), named.approve(second)]) == "unconfirmed"
+    # The root alone confirms nobody.
+    assert realm.code(lambda: named.name()) == "approvals_missing"
+    named.name(approvals=[named.agree(one, named.people) for one in (first, second)])
+    assert named.code(before) == "approval_mismatch"
+    assert named.code([named.approve(first), named.approve(second)]) == ""
