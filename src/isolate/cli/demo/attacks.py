@@ -76,8 +76,9 @@ def claim_a_measurement(service: str, registers: Mapping[str, bytes]) -> str:
 
 
 def replay(service: str, record: Path) -> str:
-    """An attest request, as the operator recorded it on the wire, sent once more."""
-    for path in sorted(record.glob("service-*.up")):
+    """The first attest request that the operator recorded on the wire, sent once more: it was a good one."""
+    # By number: by name, service-10 comes before service-9, and may be that of the modified enclave.
+    for path in sorted(record.glob("service-*.up"), key=lambda path: int(path.stem.rpartition("-")[2])):
         head, _, body = path.read_bytes().partition(b"\r\n\r\n")
         if b"POST /v1/attest" in head:
             return post(service, "attest", AttestRequest.parse(body), AttestAnswer).token
