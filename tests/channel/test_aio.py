@@ -136,6 +136,22 @@ def test_closing_wakes_who_waits(linked: Linked) -> None:
     run(work())
 
 
+def test_an_abort_wakes_who_waits_and_is_no_close(linked: Linked) -> None:
+    async def work() -> None:
+        async with linked() as (one, other):
+            reader = asyncio.create_task(one.recv())
+            await asyncio.sleep(0.05)
+            one.abort("enough of it")
+            with pytest.raises(ChannelClosed):
+                await reader
+            with pytest.raises(ChannelClosed, match="enough of it"):
+                await one.send(b"more")
+            with pytest.raises(ChannelTruncated):
+                await other.recv()
+
+    run(work())
+
+
 def test_refusals_and_blocking_peers(world: Any, tmp_path: Path) -> None:
     """One listener, a refused peer, then a blocking one of the other module: the wire is the same."""
 

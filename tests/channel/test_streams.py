@@ -124,6 +124,28 @@ def test_a_close_is_told_from_a_cut(linked: tuple[Channel, Channel]) -> None:
     one.close()
 
 
+def test_an_abort_wakes_who_waits_and_is_no_close(linked: tuple[Channel, Channel], together: Both) -> None:
+    """Though somebody is stuck in sending, for whom a close waits."""
+    one, other = linked
+
+    def abort() -> float:
+        time.sleep(0.1)
+        began = time.monotonic()
+        one.abort("enough of it")
+        return time.monotonic() - began
+
+    (sent, got), took = together(lambda: together(lambda: one.send(bytes(64 << 20)), one.recv), abort)
+    assert isinstance(sent, ChannelClosed) and isinstance(got, ChannelClosed) and took < 0.5
+    with pytest.raises(ChannelClosed, match="enough of it"):
+        one.send(b"more")
+    with pytest.raises(ChannelTruncated):
+        while True:
+            other.recv()
+    one.abort()
+    with pytest.raises(ChannelClosed, match="enough of it"):
+        one.recv()
+
+
 def test_what_was_sent_before_a_close_arrives_though_nobody_read_the_other_way(
     linked: tuple[Channel, Channel], together: Both
 ) -> None:

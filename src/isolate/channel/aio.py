@@ -277,6 +277,10 @@ class Channel:
             self._end.end("it was closed here")
         self._drop()
 
+    def abort(self, why: str = "it was aborted here") -> None:
+        """End at once, without a word to the peer and nothing to await: as ``isolate.channel.Channel.abort``."""
+        self._fail(why)
+
     def _drop(self) -> None:
         self._wire.drop(shared=self._end.forked)
 

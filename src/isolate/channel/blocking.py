@@ -1,8 +1,8 @@
 """A channel that blocks, over whatever moves bytes: sockets (streams.py) or a shared-memory ring (ring.py).
 
     >>> from isolate.channel.blocking import Channel
-    >>> [name for name in vars(Channel) if name in ("send", "recv", "recv_into", "close", "reattest")]
-    ['send', 'recv', 'recv_into', 'reattest', 'close']
+    >>> [name for name in vars(Channel) if name in ("send", "recv", "recv_into", "close", "abort", "reattest")]
+    ['send', 'recv', 'recv_into', 'reattest', 'close', 'abort']
 
 One lock lies around sealing and sending, so that records leave in the order of their numbers; another around
 receiving. Whatever goes wrong with a record ends the channel for good, on both sides (docs/spec/channel.md, 6).
@@ -211,6 +211,14 @@ class Channel:
             self._say_goodbye("", sending=False)
             self._end.end("it was closed here")
         self._drop()
+
+    def abort(self, why: str = "it was aborted here") -> None:
+        """End at once, from any thread: without a word to the peer, which finds the end ChannelTruncated.
+
+        Waits for nothing, as ``close`` may for whoever is sending. Who uses the channel here, now or later, gets
+        ChannelClosed, later with ``why`` in it. Does no harm to a channel that is over.
+        """
+        self._fail(why)
 
     def _say_goodbye(self, code: str, *, sending: bool) -> None:
         end = self._end

@@ -41,7 +41,7 @@ def count(size: int) -> int:
 
 def give_up(channel: Channel) -> None:
     """End a channel at once, without a word to the peer and without waiting for anything."""
-    channel._fail("its process group ended")
+    channel.abort("its process group ended")
 
 
 class Link:
