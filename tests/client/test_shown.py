@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import pytest
+from attrs import fields
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,16 +31,44 @@ def granted(owner: Owner, key: SigningKey, **limits: Any) -> Handle:
 def test_every_limit_is_shown(owner: Owner, key: SigningKey) -> None:
     handle = granted(
         owner, key,
-        uses=100, bytes_out=4096, rates={60: 10}, expires=1_800_000_000, not_before=1_700_000_000, minimum_group=12,
+        uses=100, bytes_out=4096, rates={60: 10}, lease=64, expires=1_800_000_000, not_before=1_700_000_000,
+        minimum_group=12,
         parameters={"op": {"top": Range(1, 5), "what": Choices(["b", "a"])}}, outputs={"label": (10,)}, depth=2,
     )  # fmt: skip
     assert repr(handle) == (
-        "<Handle on a/b: op; at most 100 uses; at most 4096 bytes out; 10 uses in 60 s; outputs label(10); "
-        "op.top 1..5; op.what a,b; groups of at least 12; from 2023-11-14 22:13 UTC; until 2027-01-15 08:00 UTC>"
+        "<Handle on a/b: op; at most 100 uses; at most 4096 bytes out; 10 uses in 60 s; "
+        "leases of at most 64 uses; outputs label(10); op.top 1..5; op.what a,b; groups of at least 12; "
+        "from 2023-11-14 22:13 UTC; until 2027-01-15 08:00 UTC>"
     )
     html = handle._repr_html_()
     for row in ("<td>a/b</td>", "<td>2 times more</td>", "<td>not asked yet: handle.budget</td>"):
         assert row in html
+
+
+def test_no_limit_is_left_out(owner: Owner, key: SigningKey) -> None:
+    """Each alone, and each that a scope has: whoever adds one is told here to show it."""
+    each: dict[str, Any] = {
+        "parameters": {"op": {"top": Range(1, 5)}}, "outputs": {"label": (10,)}, "uses": 5, "bytes_out": 4096,
+        "rates": {60: 10}, "minimum_group": 12, "not_before": 1, "expires": 1_800_000_000, "depth": 2, "lease": 64,
+    }  # fmt: skip
+    assert each.keys() | {"operations"} == {one.name for one in fields(Scope)}
+    unlimited = granted(owner, key)
+    for name, value in each.items():
+        limited = granted(owner, key, **{name: value})
+        assert limited._repr_html_() != unlimited._repr_html_(), name
+        # How often it may be passed on is no limit of a use: it stands in the table only.
+        assert (repr(limited) != repr(unlimited)) is (name != "depth")
+
+
+def test_a_lease_is_shown_where_there_is_one(owner: Owner, key: SigningKey) -> None:
+    def narrowed(handle: Handle, lease: int) -> str:
+        return repr(attach(handle.attenuate(lease=lease), signer=key))
+
+    opted, plain = granted(owner, key, lease=64), granted(owner, key)
+    assert "leases of at most 9 uses" in narrowed(opted, 9)
+    # Two that forbid it, and one that a grant without a lease cannot be given by whoever narrows it.
+    for said in (narrowed(opted, 0), repr(granted(owner, key, lease=1)), narrowed(plain, 9)):
+        assert "lease" not in said
 
 
 @pytest.mark.threat("HND-11")

@@ -20,7 +20,7 @@ from isolate.cli import limits
 from isolate.client.handle import Handle, HandleFile, attach
 from isolate.client.owner import Owner
 from isolate.client.shown import limits as shown_limits
-from isolate.client.shown import plain
+from isolate.client.shown import plain, scope_of
 from isolate.client.signers import open_signer
 from isolate.crypto.signing import SigningKey, VerifyingKey
 from isolate.errors import CapabilityRefused, UsageError
@@ -189,7 +189,7 @@ def show(file: str, signer: str | None, as_json: bool) -> None:
 
 
 def _facts(file: HandleFile, token: Token) -> dict[str, Any]:
-    scope = token.scope
+    scope = scope_of(token)
     try:
         verify(token, VerifyingKey.parse(file.owner).ed25519, now=int(time.time()))
         standing = "good"

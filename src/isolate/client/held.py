@@ -162,12 +162,10 @@ class Held(NotCopied):
         """Drop what a forked child must not share with its parent."""
 
     def __repr__(self) -> str:
-        kind, asset, scope = type(self).__name__, self._token.asset, self._token.scope
-        return shown.text(kind, asset, scope, self._seen, now=time.monotonic())
+        return shown.text(type(self).__name__, self._token, self._seen, now=time.monotonic())
 
     def _repr_html_(self) -> str:
-        kind, asset, scope = type(self).__name__, self._token.asset, self._token.scope
-        return shown.table(kind, asset, scope, self._seen, now=time.monotonic())
+        return shown.table(type(self).__name__, self._token, self._seen, now=time.monotonic())
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return {"text/plain": repr(self), "text/html": self._repr_html_()}

@@ -15,9 +15,10 @@ import html
 import time
 from collections.abc import Iterator
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from isolate.capability.scope import Constraint, Range, Scope
+from isolate.capability.token import Token
 from isolate.messages.invoke import Budget
 
 
@@ -64,6 +65,12 @@ def _amount(limit: int | None, left: int | None, what: str, unlimited: str) -> s
     return f"{share(left, limit)} of {limit} {what} left"
 
 
+def scope_of(token: Token) -> Scope:
+    """What a token allows, without a lease where the grant has none: a later block cannot bring it in."""
+    scope = token.scope
+    return scope if token.claims[0].scope.lease is not None else evolve(scope, lease=None)
+
+
 def limits(scope: Scope, seen: Seen | None) -> Iterator[tuple[str, str]]:
     """Name and text of every limit that there is; uses first, also where there is none."""
     budget = seen.budget if seen else None
@@ -73,6 +80,8 @@ def limits(scope: Scope, seen: Seen | None) -> Iterator[tuple[str, str]]:
         yield "bytes out", _amount(scope.bytes_out, budget.bytes_out if budget else None, "bytes out", "")
     for seconds, most in sorted((scope.rates or {}).items()):
         yield "rate", f"{most} uses in {seconds} s"
+    if scope.lease is not None and scope.lease > 1:  # one use is no lease (docs/spec/capability.md, 5)
+        yield "lease", f"leases of at most {scope.lease} uses"
     if scope.outputs is not None:
         kinds = (f"{kind}({', '.join(map(str, sizes))})" for kind, sizes in sorted(scope.outputs.items()))
         yield "outputs", "outputs " + (", ".join(kinds) or "none")
@@ -103,18 +112,21 @@ def plain(said: str) -> str:
     return "".join(one if one.isprintable() else "?" for one in said)
 
 
-def text(kind: str, asset: str, scope: Scope, seen: Seen | None, *, now: float) -> str:
+def text(kind: str, token: Token, seen: Seen | None, *, now: float) -> str:
     """One line, for repr."""
+    scope = scope_of(token)
     names = ", ".join(sorted(scope.operations or {}))
-    parts = [f"{kind} on {asset}: {names}", *(said for _, said in limits(scope, seen))]
+    parts = [f"{kind} on {token.asset}: {names}", *(said for _, said in limits(scope, seen))]
     if seen:
         parts.append(f"budget as of {age(now - seen.at)}")
     return f"<{'; '.join(parts)}>"
 
 
-def table(kind: str, asset: str, scope: Scope, seen: Seen | None, *, now: float) -> str:
+def table(kind: str, token: Token, seen: Seen | None, *, now: float) -> str:
     """An HTML table, for notebooks. Whatever a token or a file says is escaped."""
-    rows = [("asset", asset), ("operations", ", ".join(sorted(scope.operations or {}))), *limits(scope, seen)]
+    scope = scope_of(token)
+    rows = [("asset", token.asset), ("operations", ", ".join(sorted(scope.operations or {})))]
+    rows += limits(scope, seen)
     if scope.depth is not None:
         rows.append(("passed on", f"{scope.depth} times more" if scope.depth else "no further"))
     rows.append(("budget", f"as of {age(now - seen.at)}" if seen else "not asked yet: handle.budget"))
