@@ -52,12 +52,13 @@ def test_no_limit_is_left_out(owner: Owner, key: SigningKey) -> None:
         "rates": {60: 10}, "minimum_group": 12, "not_before": 1, "expires": 1_800_000_000, "depth": 2, "lease": 64,
     }  # fmt: skip
     assert each.keys() | {"operations"} == {one.name for one in fields(Scope)}
-    unlimited = granted(owner, key)
+    opted = granted(owner, key, lease=99)
     for name, value in each.items():
-        limited = granted(owner, key, **{name: value})
-        assert limited._repr_html_() != unlimited._repr_html_(), name
-        # How often it may be passed on is no limit of a use: it stands in the table only.
-        assert (repr(limited) != repr(unlimited)) is (name != "depth")
+        narrowed = attach(opted.attenuate(**{name: value}), signer=key)
+        for limited in (granted(owner, key, **({"lease": 99} | {name: value})), narrowed):
+            assert limited._repr_html_() != opted._repr_html_(), name
+            # How often it may be passed on is no limit of a use: it stands in the table only.
+            assert (repr(limited) != repr(opted)) is (name != "depth")
 
 
 def test_a_lease_is_shown_where_there_is_one(owner: Owner, key: SigningKey) -> None:

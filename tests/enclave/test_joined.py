@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +13,14 @@ from attrs import evolve
 
 from isolate.capability.invocation import Invocation, ReplayGuard
 from isolate.capability.scope import Range
+from isolate.client.aio import AsyncHandle
 from isolate.client.handle import Handle
 from isolate.client.handle_file import HandleFile
-from isolate.client.joined import invoke_joined
 from isolate.crypto import cbor
 from isolate.crypto.signing import SigningKey
 from isolate.enclave.operations import Aggregates, Count, Derived, Integer, Joined, Label, Rows, operation
 from isolate.enclave.runtime import Server
-from isolate.errors import CapabilityRefused, UsageError
+from isolate.errors import BudgetExhausted, CapabilityRefused, ScopeExceeded, UsageError
 from isolate.messages.invoke import Invoke
 from isolate.messages.owner import Revoke
 
@@ -61,6 +62,14 @@ class Wire:
         pass
 
 
+class AsyncWire(Wire):
+    async def send(self, message: bytes) -> None:  # type: ignore[override]
+        super().send(message)
+
+    async def recv(self) -> bytearray:  # type: ignore[override]
+        return super().recv()
+
+
 class Cast:
     def __init__(self, realm: Any) -> None:
         for asset in ("a/b", "c/d"):
@@ -73,17 +82,19 @@ class Cast:
         self.server = server
         RAN.clear()
 
-    def handle(self, asset: str, operations: Any = (compare, other), **limits: Any) -> Handle:
+    def handle(
+        self, asset: str, operations: Any = (compare, other), kind: Any = Handle, wire: Any = Wire, **limits: Any
+    ) -> Any:
         key = SigningKey.generate()
         granted = {one.name: one.digest for one in operations}
         token = self.realm.grant(key, asset, operations=granted, **limits)
         owner = str(self.realm.owner.verifying_key)
-        handle = Handle(HandleFile(token.to_text(), owner, "acme", "unix:/s", "unix:/e", "acme/job", True), key)
-        handle._channel = Wire(self.server)  # type: ignore[assignment]
+        handle = kind(HandleFile(token.to_text(), owner, "acme", "unix:/s", "unix:/e", "acme/job", True), key)
+        handle._channel = wire(self.server)
         return handle
 
     def compare(self, survey: Handle, register: Handle, limit: int = 6) -> Any:
-        return invoke_joined(survey, "compare", {"register": register}, limit=limit)
+        return survey.invoke_joined("compare", {"register": register}, limit=limit)
 
     def code(self, *handles: Handle, **more: Any) -> str:
         found: str = self.realm.code(lambda: self.compare(*handles, **more))
@@ -175,14 +186,35 @@ def test_a_joined_handle_is_used_once_for_this_operation_channel_and_arguments(c
     assert [route for route, _ in cast.realm.carried].count("reserve") == 2
 
 
+def test_the_same_for_asyncio(cast: Cast) -> None:
+    async def use() -> Any:
+        survey = cast.handle("a/b", kind=AsyncHandle, wire=AsyncWire)
+        survey._loop = asyncio.get_running_loop()
+        register, spent = cast.handle("c/d"), cast.handle("c/d", uses=0)
+        found = [await survey.invoke_joined("compare", {"register": register}, limit=6) for _ in range(2)]
+        with pytest.raises(BudgetExhausted):
+            await survey.invoke_joined("compare", {"register": spent}, limit=6)
+        with pytest.raises(UsageError):
+            await survey.invoke_joined("compare", {}, limit=6)
+        return found
+
+    assert asyncio.run(use()) == [[[3], [3]]] * 2
+    assert cast.used() == ["c/d", "a/b"] * 2
+
+
 def test_declarations_and_calls_that_are_none(cast: Cast) -> None:
     with pytest.raises(UsageError):
         operation(inputs={"register": Joined("c/d")}, output=Derived())(lambda view, register: {})
     with pytest.raises(UsageError):
         Server(cast.server._workload, "a/b", {}, [compare])
     survey, register = cast.handle("a/b"), cast.handle("c/d")
-    with pytest.raises(UsageError):
-        invoke_joined(survey, "compare", {"limit": register}, limit=3)
+    opened = survey._channel
+    for joined in ({"limit": register}, {}):
+        with pytest.raises(UsageError):
+            survey.invoke_joined("compare", joined, limit=3)
+    with pytest.raises(ScopeExceeded):
+        survey.invoke_joined("compare", {"register": cast.handle("c/d", operations=[other])}, limit=3)
+    assert survey._channel is opened  # nothing was sent, so nothing has to end
     with pytest.raises(CapabilityRefused):
         survey.invoke("compare", limit=3)
     assert cbor.encode(Joined("c/d").schema()) != cbor.encode(Joined("a/b").schema())

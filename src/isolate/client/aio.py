@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -63,6 +63,24 @@ class AsyncHandle(Held):
                 reply = self._reply(await opened.recv())
             except BaseException:
                 # Over; or, where this task was cancelled, with a reply to come that the next use would take.
+                await self.close()
+                raise
+        return self._value(operation, reply)
+
+    @bare_async
+    async def invoke_joined(self, operation: str, joined: Mapping[str, Held], /, **arguments: Any) -> Any:
+        """Run one operation with other handles as arguments, as ``Handle.invoke_joined``."""
+        digest = self._digest(operation)
+        self._check_joined(operation, joined, arguments)
+        encoded, hashed = self._encode(arguments)
+        await self._here()
+        async with self._turn:
+            try:
+                opened = await self._connect()
+                request = self._request_joined(operation, digest, joined, encoded, hashed, opened.binding)
+                await opened.send(request)
+                reply = self._reply(await opened.recv())
+            except BaseException:
                 await self.close()
                 raise
         return self._value(operation, reply)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -65,6 +66,30 @@ class Handle(Held):
             except BaseException:
                 # This channel is over, or (interrupted) has a reply still to come, which the next use would take
                 # for its own. The next one opens another.
+                self.close()
+                raise
+        return self._value(operation, reply)
+
+    @bare
+    def invoke_joined(self, operation: str, joined: Mapping[str, Held], /, **arguments: Any) -> Any:
+        """Run one operation with other handles as arguments, by the names of the arguments.
+
+            survey.invoke_joined("compare", {"register": register}, year=1996)
+
+        ``compare`` is an operation on this handle's asset that declares an argument ``register`` of type Joined,
+        for the other's asset; both handles must name it. Each is asked and charged, and the strictest limits hold
+        (docs/spec/operations.md, 7). Raises what ``invoke`` raises, and UsageError.
+        """
+        digest = self._digest(operation)
+        self._check_joined(operation, joined, arguments)
+        encoded, hashed = self._encode(arguments)
+        with self._turn:
+            try:
+                opened = self._connect()
+                request = self._request_joined(operation, digest, joined, encoded, hashed, opened.binding)
+                opened.send(request)
+                reply = self._reply(opened.recv())
+            except BaseException:
                 self.close()
                 raise
         return self._value(operation, reply)

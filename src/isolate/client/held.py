@@ -32,7 +32,7 @@ from isolate.client.handle_file import HandleFile
 from isolate.crypto import cbor
 from isolate.crypto.secret import wipe
 from isolate.crypto.signing import Purpose, Signer, VerifyingKey
-from isolate.errors import CapabilityRefused, HolderRefused, ScopeExceeded
+from isolate.errors import CapabilityRefused, HolderRefused, ScopeExceeded, UsageError
 from isolate.messages.attest import ServiceCertificate
 from isolate.messages.base import Refusal, Signed
 from isolate.messages.http import error_of
@@ -124,7 +124,39 @@ class Held(NotCopied):
     ) -> bytes:
         """One Invoke for a channel with this binding."""
         self._counter += 1
-        invocation = Invocation.sign(
+        invocation = self._invocation(operation, digest, hashed, binding, self._counter)
+        return Invoke(self._token.encode(), invocation.encode(), encoded).padded()
+
+    @staticmethod
+    def _check_joined(operation: str, joined: Mapping[str, Held], arguments: Mapping[str, Any]) -> None:
+        if not joined:
+            raise UsageError("without a second handle this is an ordinary invocation")
+        if not joined.keys().isdisjoint(arguments):
+            raise UsageError("an argument is given twice")
+        for other in joined.values():
+            other._digest(operation)
+
+    def _request_joined(
+        self,
+        operation: str,
+        digest: bytes,
+        joined: Mapping[str, Held],
+        encoded: Mapping[str, Any],
+        hashed: bytes,
+        binding: bytes,
+    ) -> bytes:
+        """The same with other handles as arguments (docs/spec/operations.md, 7)."""
+        whole = dict(encoded)
+        # This handle's own invocation covers the others, and is counted before them.
+        for number, (name, other) in enumerate(sorted(joined.items()), self._counter + 2):
+            invocation = other._invocation(operation, other._digest(operation), hashed, binding, number)
+            whole[name] = {"token": other._token.encode(), "invocation": invocation.encode()}
+        request = self._request(operation, digest, whole, hash_arguments(cbor.encode(whole)), binding)
+        self._counter += len(joined)
+        return request
+
+    def _invocation(self, operation: str, digest: bytes, hashed: bytes, binding: bytes, counter: int) -> Invocation:
+        return Invocation.sign(
             self._token,
             self._signer,
             operation=operation,
@@ -132,9 +164,8 @@ class Held(NotCopied):
             argument_hash=hashed,
             channel_binding=binding,
             nonce=secrets.token_bytes(16),
-            counter=self._counter,
+            counter=counter,
         )
-        return Invoke(self._token.encode(), invocation.encode(), encoded).padded()
 
     @staticmethod
     def _reply(raw: bytearray) -> Reply:
