@@ -395,7 +395,7 @@ class Links:
         others = [self.ranks[one] for one in self._roster.absent(started=self.started) if one != index]
         if others:
             why += f" (nor do ranks {', '.join(map(str, others))} take part)"
-        return self.fail(self._named(index, f"{what} did not end in time, and {why}", "rank_timeout"))
+        return self.fail(self._named(index, f"the timeout of {what} passed, and {why}", "rank_timeout"))
 
     def _watch(self) -> None:
         """Tell the others that we live, and look whether something is late."""
