@@ -10,7 +10,7 @@
 
 Channels use XXhfs with X25519 and ML-KEM-768 and nothing else (docs/spec/channel.md, 3). The other patterns are
 here so that public vectors can be tried through the very code that channels run. What breaks the protocol, and
-every message that does not authenticate, raises HandshakeRefused; after it the state is good for nothing.
+every message that does not authenticate, raises HandshakeRefused; after it every call raises UsageError.
 """
 
 from __future__ import annotations
@@ -177,6 +177,8 @@ class HandshakeState:
             raise UsageError(f"no Noise protocol of this core: {name[:80]}")
         if self._pattern.psks != len(psks) or any(len(key) != 32 for key in psks):
             raise UsageError(f"{parts[1]} takes {self._pattern.psks} pre-shared keys of 32 bytes")
+        if remote_static is not None and len(remote_static) != CURVE_SIZE:
+            raise UsageError(f"a static key is {CURVE_SIZE} bytes")
         self.initiator = initiator
         self._static, self._ephemeral, self._lattice = static, ephemeral, lattice
         self._given_ephemeral = ephemeral is not None
@@ -186,6 +188,7 @@ class HandshakeState:
         self._encapsulate = encapsulate
         self._psks = [Secret(key) for key in psks]
         self._turn = 0
+        self._failed = False
         self._symmetric = SymmetricState(name, _CIPHERS[parts[3]], parts[4])
         self._symmetric.mix_hash(prologue)
         for ours, token in ((initiator, self._pattern.before[0]), (not initiator, self._pattern.before[1])):
@@ -197,12 +200,12 @@ class HandshakeState:
 
     @property
     def finished(self) -> bool:
-        return self._turn == len(self._pattern.messages)
+        return self._turn == len(self._pattern.messages) and not self._failed
 
     @property
     def writes_next(self) -> bool:
         """Whether the next handshake message is ours to write."""
-        return not self.finished and (self._turn % 2 == 0) == self.initiator
+        return not (self.finished or self._failed) and (self._turn % 2 == 0) == self.initiator
 
     @property
     def hash(self) -> bytes:
@@ -231,6 +234,8 @@ class HandshakeState:
         """The next message. Raises UsageError out of turn, or when it would be longer than 65535 bytes."""
         if not self.writes_next:
             raise UsageError("this side has no handshake message to write now")
+        # Hash and keys move on with each token: until the message is whole, there is no way back to go on from.
+        self._failed = True
         symmetric, parts = self._symmetric, []
         for token in self._pattern.messages[self._turn]:
             if token == "e":  # noqa: S105
@@ -260,13 +265,14 @@ class HandshakeState:
         message = b"".join(parts)
         if len(message) > MAX_MESSAGE:
             raise UsageError(f"a Noise message is at most {MAX_MESSAGE} bytes")
-        self._turn += 1
+        self._turn, self._failed = self._turn + 1, False
         return message
 
     def read_message(self, message: bytes) -> bytes:
         """The payload of the peer's next message. Raises HandshakeRefused; UsageError out of turn."""
-        if self.finished or self.writes_next:
+        if self.finished or self._failed or self.writes_next:
             raise UsageError("this side has no handshake message to read now")
+        self._failed = True
         if len(message) > MAX_MESSAGE:
             raise HandshakeRefused(f"a Noise message is at most {MAX_MESSAGE} bytes")
         symmetric, rest = self._symmetric, message
@@ -299,7 +305,7 @@ class HandshakeState:
             else:
                 self._mix(token)
         payload = symmetric.decrypt_and_hash(rest)
-        self._turn += 1
+        self._turn, self._failed = self._turn + 1, False
         return payload
 
     def split(self) -> tuple[CipherState, CipherState]:

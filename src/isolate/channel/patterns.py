@@ -75,8 +75,8 @@ class Pattern:
 
 def parse_pattern(name: str) -> Pattern:
     """The pattern of a name such as ``XX``, ``XXhfs`` or ``KKpsk0+psk2``. Raises UsageError for another."""
-    base = re.sub(r"psk\d(\+psk\d)*$", "", name)
-    places = [int(place) for place in re.findall(r"psk(\d)", name)]
+    base = re.sub(r"psk[0-9](\+psk[0-9])*\Z", "", name)
+    places = [int(place) for place in re.findall(r"psk([0-9])", name)]
     row = PATTERNS.get(base)
     if row is None or len(set(places)) != len(places) or any(place >= len(row) for place in places):
         raise UsageError(f"no pattern of this core: {name[:40]}")
