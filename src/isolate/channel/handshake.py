@@ -138,7 +138,8 @@ class Terms:
         """Raises MalformedError."""
         shapes: dict[str, type] = {"salt": bytes, "job": str, "group": str, "least_sequence": int, "fresh": bool}
         value = cbor.record(data, {**shapes, "rank": object, "lineage": object}, max_size=4096)
-        if type(value["rank"]) not in (int, type(None)) or type(value["lineage"]) not in (str, type(None)):
+        rank, lineage = type(value["rank"]), type(value["lineage"])
+        if len(value["salt"]) != 32 or rank not in (int, type(None)) or lineage not in (str, type(None)):
             raise MalformedError("the terms of the handshake have another form")
         return cls(**value)
 
@@ -277,7 +278,7 @@ class Handshake:
             raise HandshakeRefused("these are our own keys: the messages come back to us", code="reflected")
         third = self._early(frame(Event.THIRD, self._noise.write_message(self._terms)))
         self._finish_noise()
-        self._shown_first = show(self._identity, self._statement("initiator", b""), fresh=asked["fresh"])
+        self._shown_first = self._show(self._statement("initiator", b""), fresh=asked["fresh"])
         return third + frame(Event.SHOW, self._outgoing.encrypt(b"", self._shown_first))
 
     def _show_of_responder(self, body: bytes) -> bytes:
@@ -338,7 +339,7 @@ class Handshake:
             peer = verify_attested(shown, statement, self._need_expect(), static)
         self._shown_first = shown
         before = hashlib.sha256(shown).digest()
-        answer = show(self._identity, self._statement("responder", before), fresh=self._asked_fresh)
+        answer = self._show(self._statement("responder", before), fresh=self._asked_fresh)
         sealed = self._early(frame(Event.SHOW, self._outgoing.encrypt(b"", answer)))
         self._make_session(peer, answer)
         return sealed + self._fin()
@@ -355,6 +356,11 @@ class Handshake:
             return ready
         self._send(ready)
         return b""
+
+    def _show(self, statement: Statement, *, fresh: bool) -> bytes:
+        # Asked for before it is shown: were it renewed between the two, the newer one would be shown once more.
+        self._token = self._identity.current() if isinstance(self._identity, Attested) else ""
+        return show(self._identity, statement, fresh=fresh)
 
     def _begin_noise(self, hello: bytes) -> None:
         prologue = cbor.encode({"protocol": "isolate/channel/v1", "hello": hello, "purpose": self._purpose})
@@ -388,14 +394,21 @@ class Handshake:
         back = derive(self._secret, label, "responder", int(suite), transcript)
         with derive(self._secret, Label.CHANNEL_EXPORTER, "binding", transcript) as exported:
             binding = bytes(exported.expose())
-        self._secret.wipe()
         ours, theirs = (forth, back) if self.initiator else (back, forth)
         sealer, opener = Sealer(suite, ours, self._rekey), Opener(suite, theirs)
         role = "initiator" if self.initiator else "responder"
         standing = Standing(
-            peer, identity=self._identity, expect=self._expect, statement=self._statement(role, b"")
+            peer,
+            identity=self._identity,
+            expect=self._expect,
+            statement=self._statement(role, b""),
+            shown=self._token,
         )
         self._session = Session(_MADE_HERE, standing, suite, sealer, opener, binding)
+        # From here on there are the keys of the records, and no others.
+        for done in (forth, back, self._secret, self._noise, self._outgoing, self._incoming):
+            done.wipe()
+        self._ephemeral = None
 
     def _fin(self) -> bytes:
         session = self._need_session()

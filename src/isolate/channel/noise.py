@@ -77,6 +77,11 @@ class CipherState:
         self.nonce += 1
         return plaintext
 
+    def wipe(self) -> None:
+        """Forget the key; whatever comes after raises UsageError."""
+        if self._cipher is not None:
+            self._cipher.wipe()
+
     def rekey(self) -> None:
         """Replace the key by a one-way function of it (Noise, 11.3)."""
         if self._cipher is not None:
@@ -141,6 +146,10 @@ class SymmetricState:
     def chaining_key(self) -> Secret:
         """What exported secrets are derived from. No output of ``split`` tells anything about it."""
         return Secret(self._chaining_key.expose())
+
+    def wipe(self) -> None:
+        self._chaining_key.wipe()
+        self.cipher.wipe()
 
 
 class HandshakeState:
@@ -317,6 +326,13 @@ class HandshakeState:
         """The final chaining key, for exported secrets. Raises UsageError before the last message."""
         self._need_finished()
         return self._symmetric.chaining_key()
+
+    def wipe(self) -> None:
+        """Forget every key but the static ones: this handshake is over."""
+        self._failed = True
+        self._symmetric.wipe()
+        self._ephemeral = self._lattice = None
+        self._psks.clear()
 
     def _need_finished(self) -> None:
         if not self.finished:

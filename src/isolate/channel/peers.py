@@ -30,14 +30,14 @@ from isolate.errors import (
     AppraisalRefused,
     EvidenceRefused,
     HandshakeRefused,
+    KeyFormatError,
     MalformedError,
     ResultRefused,
     UsageError,
 )
 
-MAX_TOKEN = 16 * 1024  # characters
-
-MAX_SHOWN = 64000  # bytes: what fits into one message of the handshake
+MAX_SHOWN = 64000  # bytes: what fits into one message of the handshake, with MAX_WRAPPING around it
+MAX_WRAPPING = 128  # bytes: the signature, and the names and lengths of both fields
 MAX_KNOWN = 4096  # tokens whose signature is remembered as good
 
 _MADE_HERE: Final = object()
@@ -188,8 +188,8 @@ def show(identity: Attested | Holder, statement: Statement, *, fresh: bool = Fal
         key, purpose = identity.key, Purpose.CHANNEL_HOLDER
     else:
         token = identity.current()
-        if len(token) > MAX_TOKEN:
-            raise UsageError(f"a result token is at most {MAX_TOKEN} characters")
+        if len(token) > results.MAX_TOKEN:
+            raise UsageError(f"a result token is at most {results.MAX_TOKEN} characters")
         sign = identity.sign.verifying_key.to_bytes()
         evidence = b""
         if fresh:
@@ -208,7 +208,7 @@ def show(identity: Attested | Holder, statement: Statement, *, fresh: bool = Fal
 def verify_holder(body: bytes, statement: Statement) -> HolderPeer:
     """Read a client's A1. Raises HandshakeRefused."""
     try:
-        signed = cbor.record(body, _SIGNED, max_size=MAX_SHOWN)
+        signed = cbor.record(body, _SIGNED, max_size=MAX_SHOWN + MAX_WRAPPING)
         holder = cbor.record(signed["shown"], {"holder": bytes}, max_size=MAX_SHOWN)["holder"]
     except MalformedError:
         raise HandshakeRefused("the peer shows no holder key", code="malformed") from None
@@ -231,7 +231,7 @@ def verify_attested(
        for ``fresh=False``: a session that goes on renews its token only.)
     """
     try:
-        signed = cbor.record(body, _SIGNED, max_size=MAX_SHOWN)
+        signed = cbor.record(body, _SIGNED, max_size=MAX_SHOWN + MAX_WRAPPING)
         fields: dict[str, type] = {"token": str, "keys": bytes, "sign": bytes, "evidence": bytes}
         shown = cbor.record(signed["shown"], fields, max_size=MAX_SHOWN)
         result = _verified(shown["token"], expect)
@@ -240,9 +240,9 @@ def verify_attested(
         keys = KeyDigests.parse(shown["keys"])
         keys.check("channel", static)
         keys.check("sign", shown["sign"])
-    except (MalformedError, ResultRefused, EvidenceRefused) as error:
+        key = VerifyingKey.from_bytes(shown["sign"])
+    except (MalformedError, ResultRefused, EvidenceRefused, KeyFormatError) as error:
         raise HandshakeRefused(f"the peer's attestation is refused: {error.message}", code=error.code) from None
-    key = VerifyingKey.from_bytes(shown["sign"])
     if not key.verify(Purpose.CHANNEL_PEER, statement.encode(signed["shown"]), signed["signature"]):
         raise HandshakeRefused("the peer's signature is not over this session", code="signature_refused")
     check_pins(result, expect)

@@ -36,7 +36,10 @@ _OTHER = {"initiator": "responder", "responder": "initiator"}
 
 
 class Standing:
-    """What one end knows about how long the session may go on. ``clock`` counts seconds from anywhere."""
+    """What one end knows about how long the session may go on.
+
+    ``shown`` is the token that the handshake showed, ``clock`` counts seconds from anywhere.
+    """
 
     def __init__(
         self,
@@ -45,11 +48,12 @@ class Standing:
         identity: Attested | Holder,
         expect: Expect | None,
         statement: Statement,
+        shown: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.peer = peer
         self._identity, self._expect, self._statement, self.clock = identity, expect, statement, clock
-        self._shown = identity.current() if isinstance(identity, Attested) else ""
+        self._shown = shown
         # Only a token that is asked for can be a newer one.
         self.renews = isinstance(identity, Attested) and not isinstance(identity.token, str)
         self._next_show = clock() + SHOW_EVERY if self.renews else math.inf
