@@ -55,8 +55,11 @@ def test_a_second_reader_written_from_the_specification_agrees(vector: Any) -> N
         assert handle.hex() == vector["handles"][number]
         signed(signer, purpose, handle, signature)
         signer, purpose = cbor2.loads(block)["holder"], "capability/block"
-    call = cbor2.loads(bytes.fromhex(vector["invocation"]))
-    signed(signer, "capability/invocation", call["body"], call["signature"])
-    assert cbor2.loads(call["body"])["handle"] == handle
-    name = hashlib.sha256(b"isolate/v1/capability/invocation-id\0" + call["body"]).hexdigest()
+    call = bytes.fromhex(vector["invocation"])
+    signature, body = call[:64], call[64:]
+    signed(signer, "capability/invocation", body, signature)
+    assert body[0] == 1 and body[9:41] == handle
+    assert body[73:105].hex() == vector["argument_hash"] and body[105:137].hex() == vector["channel_binding"]
+    assert body[153:] == b"classify"
+    name = hashlib.sha256(b"isolate/v1/capability/invocation-id\0" + body).hexdigest()
     assert name == vector["invocation_id"]

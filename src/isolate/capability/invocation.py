@@ -13,25 +13,29 @@ from __future__ import annotations
 
 from hashlib import sha256
 from hmac import compare_digest
-from typing import Any, Self
+from struct import Struct
+from typing import Self
 
 from attrs import field, frozen
 
 from isolate.capability.token import Token, VerifiedToken
-from isolate.crypto import cbor
-from isolate.crypto.signing import Purpose, Signer, verify
-from isolate.errors import CapabilityRefused, HolderRefused, MalformedError, UsageError
+from isolate.crypto.signing import ED25519_SIGNATURE, Purpose, Signer, verify
+from isolate.errors import CapabilityRefused, HolderRefused, UsageError
 
-MAX_INVOCATION = 1024  # bytes encoded
+VERSION = 1
 MAX_COUNTER = 2**63 - 1
+MAX_NAME = 64  # bytes of an operation's name, which is ASCII
 NONCE_SIZE = 16
+
+# Version, counter, handle, digest of the operation, hash of the arguments, channel binding, nonce; the operation's
+# name is what comes after. Of a fixed form, because each use is made once and read twice.
+_FORM = Struct(f">BQ32s32s32s32s{NONCE_SIZE}s")
+_SIZES = {"handle": 32, "operation_digest": 32, "argument_hash": 32, "channel_binding": 32, "nonce": NONCE_SIZE}
+MAX_INVOCATION = ED25519_SIGNATURE + _FORM.size + MAX_NAME  # bytes encoded
 
 _ARGUMENTS = b"isolate/v1/capability/arguments\0"
 _INVOCATION = b"isolate/v1/capability/invocation-id\0"
 _MADE_HERE = object()
-
-_SIZES = {"handle": 32, "operation_digest": 32, "argument_hash": 32, "channel_binding": 32, "nonce": NONCE_SIZE}
-_FIELDS: dict[str, type] = {**dict.fromkeys(_SIZES, bytes), "operation": str, "counter": int, "version": int}
 
 
 def hash_arguments(encoded: bytes) -> bytes:
@@ -61,26 +65,24 @@ class Invocation:
     counter: int = field(init=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
+        if len(self.signature) != ED25519_SIGNATURE:
+            raise _malformed("a signature is 64 bytes")
+        if not 1 <= len(self.body) - _FORM.size <= MAX_NAME:
+            raise _malformed("it is too short or too long")
+        version, counter, *hashes = _FORM.unpack_from(self.body)
         try:
-            value: dict[str, Any] = cbor.record(self.body, _FIELDS, max_size=MAX_INVOCATION)
-        except MalformedError as error:
-            raise _malformed(error.message) from None
-        self._take(value)
-
-    def _take(self, value: dict[str, Any]) -> None:
-        """The fields of a body, once they have the form that they must have."""
-        if value["version"] != 1:
+            operation = self.body[_FORM.size :].decode("ascii")
+        except UnicodeDecodeError:
+            raise _malformed("the name of its operation is not ASCII") from None
+        if version != VERSION:
             raise _malformed("it is of another version")
-        for name, size in _SIZES.items():
-            if len(value[name]) != size:
-                raise _malformed("a field has not its length")
-            object.__setattr__(self, name, value[name])
-        if len(self.signature) != 64:
-            raise _malformed("a field has not its length")
-        if not 0 <= value["counter"] <= MAX_COUNTER or not 1 <= len(value["operation"]) <= 64:
-            raise _malformed("its counter or operation is out of bounds")
-        object.__setattr__(self, "counter", value["counter"])
-        object.__setattr__(self, "operation", value["operation"])
+        if counter > MAX_COUNTER:
+            raise _malformed("its counter is out of bounds")
+        keep = object.__setattr__
+        keep(self, "counter", counter)
+        keep(self, "operation", operation)
+        for name, value in zip(_SIZES, hashes, strict=True):
+            keep(self, name, value)
 
     @classmethod
     def sign(
@@ -101,28 +103,18 @@ class Invocation:
         """
         if holder_key.verifying_key.ed25519 != token.holder:
             raise HolderRefused("this key is not the one that the token was issued to")
-        value = {
-            "argument_hash": argument_hash,
-            "channel_binding": channel_binding,
-            "counter": counter,
-            "handle": token.id,
-            "nonce": nonce,
-            "operation": operation,
-            "operation_digest": operation_digest,
-            "version": 1,
-        }
-        for name, part in value.items():
-            if type(part) is not _FIELDS[name]:
-                raise _malformed("a field is of another type")
-        body = cbor.encode(value)
-        if len(body) > MAX_INVOCATION:
-            raise _malformed("it is too long")
-        # What was just encoded is not read back: that would be a third of the time that signing takes.
-        made = cls.__new__(cls)
-        object.__setattr__(made, "body", body)
-        object.__setattr__(made, "signature", holder_key.sign(Purpose.INVOCATION, body))
-        made._take(value)
-        return made
+        hashes = (token.id, operation_digest, argument_hash, channel_binding, nonce)
+        for part, size in zip(hashes, _SIZES.values(), strict=True):
+            # Packing would fill up what is too short, and cut off what is too long.
+            if type(part) is not bytes or len(part) != size:
+                raise _malformed("a field has not its length")
+        if type(counter) is not int or not 0 <= counter <= MAX_COUNTER:
+            raise _malformed("its counter is out of bounds")
+        try:
+            body = _FORM.pack(VERSION, counter, *hashes) + operation.encode("ascii")
+        except UnicodeEncodeError:
+            raise _malformed("the name of its operation is not ASCII") from None
+        return cls(body, holder_key.sign(Purpose.INVOCATION, body))
 
     @property
     def id(self) -> bytes:
@@ -130,17 +122,13 @@ class Invocation:
         return sha256(_INVOCATION + self.body).digest()
 
     def encode(self) -> bytes:
-        """Deterministic CBOR, at most 1 KiB."""
-        return cbor.encode({"body": self.body, "signature": self.signature})
+        """The signature, then the body: at most 281 bytes."""
+        return self.signature + self.body
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
         """Read it. Raises CapabilityRefused."""
-        try:
-            value = cbor.record(data, {"body": bytes, "signature": bytes}, max_size=MAX_INVOCATION)
-        except MalformedError as error:
-            raise _malformed(error.message) from None
-        return cls(value["body"], value["signature"])
+        return cls(data[ED25519_SIGNATURE:], data[:ED25519_SIGNATURE])
 
 
 @frozen

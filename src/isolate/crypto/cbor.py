@@ -17,6 +17,7 @@ can look. 180 KiB of string references made it abort the process, and 147 KB of 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import cbor2
@@ -31,6 +32,7 @@ MAX_SIZE = 1024 * 1024
 _UNSIGNED, _NEGATIVE, _BYTES, _TEXT, _LIST, _MAP, _TAG, _SIMPLE = range(8)
 _CONSTANTS = {20: False, 21: True, 22: None}
 _AS_THEY_ARE = (bytes, str)
+_KEYS = (str, int)  # bool is neither, by its exact type
 # The least argument that needs 1, 2, 4 or 8 bytes: a smaller one has a shorter form.
 _LEAST = (24, 2**8, 2**16, 2**32)
 
@@ -63,6 +65,7 @@ def _ordered(value: Any, depth: int = 0) -> Any:
     return {key: item if type(item := value[key]) in _AS_THEY_ARE else _ordered(item, depth + 1) for key in keys}
 
 
+@lru_cache(1024)
 def _text_rank(key: str) -> tuple[int, bytes]:
     """What orders texts as their encodings: the length stands before the text. Raises TypeError for others."""
     raw = str.encode(key)
@@ -159,17 +162,18 @@ def _read_list(raw: bytes, at: int, count: int, depth: int) -> tuple[list[Any], 
 
 def _read_map(raw: bytes, at: int, count: int, depth: int) -> tuple[dict[Any, Any], int]:
     entries: dict[Any, Any] = {}
-    kinds, last = set(), b""
+    kind, last = None, b""
     for _ in range(count):
-        major = _head(raw, at)[0]
-        kinds.add(_UNSIGNED if major == _NEGATIVE else major)
-        if kinds not in ({_UNSIGNED}, {_TEXT}):
-            raise _malformed("the keys of a map are all text or all integers")
         key, end = _read(raw, at, depth)
+        if type(key) is not kind:
+            if kind is not None or type(key) not in _KEYS:
+                raise _malformed("the keys of a map are all text or all integers")
+            kind = type(key)
         # Strictly increasing: in order, and none twice.
-        if raw[at:end] <= last:
+        encoded = raw[at:end]
+        if encoded <= last:
             raise _malformed("the keys of a map are out of order or repeated")
-        last = raw[at:end]
+        last = encoded
         entries[key], at = _read(raw, end, depth)
     return entries, at
 

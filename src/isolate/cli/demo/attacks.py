@@ -6,6 +6,7 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from isolate.client.connect import certificate, expect_enclave
 from isolate.client.handle import Handle, HandleFile
 from isolate.crypto import cbor
 from isolate.crypto.kem import Identity, Recipient
-from isolate.crypto.signing import Purpose, SigningKey, VerifyingKey
+from isolate.crypto.signing import SigningKey, VerifyingKey
 from isolate.errors import UsageError
 from isolate.launch.root import SimulatedRoot
 from isolate.messages.attest import AttestAnswer, AttestRequest, Challenge, ChallengeRequest
@@ -98,18 +99,13 @@ def use_a_stolen_token(file: HandleFile, digest: bytes, **arguments: Any) -> Any
     encoded = {name: encode_argument(value) for name, value in arguments.items()}
     holder = channel.Holder(key=thief)
     with channel.connect(file.enclave, identity=holder, expect=expect, profile="client", purpose="invoke") as wire:
-        body = {
-            "argument_hash": hash_arguments(cbor.encode(encoded)),
-            "channel_binding": wire.binding,
-            "counter": 1,
-            "handle": token.id,
-            "nonce": secrets.token_bytes(16),
-            "operation": "classify",
-            "operation_digest": digest,
-            "version": 1,
-        }
-        signed = cbor.encode(body)
-        invocation = Invocation(signed, thief.sign(Purpose.INVOCATION, signed))
+        # As a client signs that was changed to take itself for the holder.
+        claimed: Any = SimpleNamespace(id=token.id, holder=thief.verifying_key.ed25519)
+        invocation = Invocation.sign(
+            claimed, thief, operation="classify", operation_digest=digest,
+            argument_hash=hash_arguments(cbor.encode(encoded)), channel_binding=wire.binding,
+            nonce=secrets.token_bytes(16), counter=1,
+        )  # fmt: skip
         wire.send(Invoke(token.encode(), invocation.encode(), encoded).encode())
         reply = Reply.parse(bytes(wire.recv()))
     if reply.code:
