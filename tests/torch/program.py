@@ -1,10 +1,11 @@
 """Ranks as processes: a program that forks them, since importing torch in each would take seconds.
 
-    python program.py SIZE TIMEOUT CASE[:ARGUMENT...] ...
+    python program.py SIZE TIMEOUT AT_ONCE CASE[:ARGUMENT...] ...
 
-For every case the ranks are forked anew; each prints nothing, and reports a JSON value or an error through a pipe.
-One line of JSON comes out per case: {"case", "seconds", "ranks": [...]}, where a rank is {"value"}, or
-{"error", "type", "rank", "code"}, or null for the one that was killed or stopped.
+For every case the ranks are forked anew, AT_ONCE cases at once, since most of them wait for a limit. A rank prints
+nothing, and reports a JSON value or an error through a pipe. One line of JSON comes out per case: {"case",
+"seconds", "ranks": [...]}, where a rank is {"value"}, or {"error", "type", "rank", "code"}, or null for the one
+that was killed or stopped.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 warnings.simplefilter("ignore")
@@ -368,6 +370,25 @@ def _answer(read: int, deadline: float) -> Any:
         text += more
 
 
+def spread(size: int, timeout: float, at_once: int, cases: list[str]) -> Iterator[str]:
+    """The lines of all cases, as they come: each of ``at_once`` processes takes its share."""
+    pipes, children = [], []
+    for place in range(at_once):
+        read, write = os.pipe()
+        if not (pid := os.fork()):
+            with os.fdopen(write, "w") as out:
+                for case in cases[place::at_once]:
+                    print(json.dumps(run(size, case, timeout)), file=out, flush=True)
+            os._exit(0)
+        os.close(write)
+        pipes.append(os.fdopen(read))
+        children.append(pid)
+    for pipe, pid in zip(pipes, children, strict=True):
+        with pipe:
+            yield from pipe
+        os.waitpid(pid, 0)
+
+
 if __name__ == "__main__":
     # What a process loads late, before the forks.
     import torch._dynamo
@@ -377,5 +398,5 @@ if __name__ == "__main__":
 
     np.zeros(1)
     socket.setdefaulttimeout(None)
-    for one in sys.argv[3:]:
-        print(json.dumps(run(int(sys.argv[1]), one, float(sys.argv[2]))), flush=True)
+    for line in spread(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]):
+        print(line, end="", flush=True)
