@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
+GOODBYE = 1.0  # seconds for telling a peer the end: one that reads nothing holds nobody longer
+
+
 class _Wire:
     """A connected socket: reads into an inbox, sends whole frames; foreign errors become ours."""
 
@@ -78,6 +81,12 @@ class _Wire:
             for write in list(self._waiting):
                 self._wake(write)
                 self._forget(write)
+            with contextlib.suppress(OSError):
+                # TCP resets a connection that is closed over unread bytes, and forgets what it has still to send.
+                unread = bytearray(65536)
+                for _ in range(64):
+                    if not self.sock.recv_into(unread):
+                        break
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
@@ -158,12 +167,20 @@ class Channel:
     def suite(self) -> Suite:
         return self._end.suite
 
+    def fileno(self) -> int:
+        """The descriptor of the socket below: to ask the kernel about the peer, never to read or write."""
+        return self._wire.sock.fileno()
+
     async def send(self, data: Buffer) -> None:
         """Send one message: bytes, a memoryview, a numpy array, a torch CPU tensor (C-contiguous)."""
         view = flat(data)
         async with self._sending:
             self._end.check_open()
-            self._look()
+            await self._look(sending=True)
+            # An end that only ever sends has to renew too.
+            newer = self._end.attesting()
+            if newer is not None:
+                await self._put(newer)
             for record in self._end.outgoing(view):
                 await self._put(record)
 
@@ -220,7 +237,7 @@ class Channel:
                 self._fail(error.message)
                 raise
             except HandshakeRefused as error:
-                self._refuse(error)
+                await self._refuse(error, sending=False)
                 raise
             except ChannelClosed:
                 self._fail("the peer closed it")
@@ -230,17 +247,17 @@ class Channel:
                     self._fail("reading was cancelled within a message")
                 raise
             try:
-                self._look()
+                await self._look(sending=False)
             except HandshakeRefused:
                 wipe(target if isinstance(message, int) else message)  # type: ignore[arg-type]
                 raise
         return message
 
-    def _look(self) -> None:
+    async def _look(self, *, sending: bool) -> None:
         try:
             self._end.standing.look()
         except HandshakeRefused as error:
-            self._refuse(error)
+            await self._refuse(error, sending=sending)
             raise
 
     async def _show_again(self) -> None:
@@ -258,10 +275,20 @@ class Channel:
                 raise UsageError("this end is not attested")
             await self._put(record)
 
-    def _refuse(self, error: HandshakeRefused) -> None:
-        with contextlib.suppress(OSError, ChannelError):
-            self._wire.sock.send(self._end.closing(error.code))
-        self._fail(error.message)
+    async def _refuse(self, error: HandshakeRefused, *, sending: bool) -> None:
+        """Tell the peer a code, if it can still be told, and end. ``sending``: the caller holds the lock."""
+        await self._say_goodbye(error.code, error.message, sending=sending)
+
+    async def _say_goodbye(self, code: str, why: str, *, sending: bool) -> None:
+        try:
+            # A sender that is stuck in the middle of a record cannot be followed by anything.
+            if not self._end.over and (sending or not self._sending.locked()):
+                async with contextlib.nullcontext() if sending else self._sending:
+                    with contextlib.suppress(ChannelError, TimeoutError):
+                        async with asyncio.timeout(GOODBYE):
+                            await self._wire.send(self._end.closing(code))
+        finally:
+            self._fail(why)
 
     def _fail(self, why: str) -> None:
         self._end.end(why)
@@ -269,13 +296,7 @@ class Channel:
 
     async def close(self) -> None:
         """Tell the peer that this is the end, and end; what the peer still sends is lost. Twice does no harm."""
-        if not self._end.over:
-            # A sender that is stuck in the middle of a record cannot be followed by anything.
-            if not self._sending.locked():
-                with contextlib.suppress(OSError, ChannelError):
-                    self._wire.sock.send(self._end.closing())
-            self._end.end("it was closed here")
-        self._drop()
+        await self._say_goodbye("", "it was closed here", sending=False)
 
     def abort(self, why: str = "it was aborted here") -> None:
         """End at once, without a word to the peer and nothing to await: as ``isolate.channel.Channel.abort``."""
@@ -345,9 +366,23 @@ def _stream_address(address: str) -> tuple[str, Any]:
     return kind, where
 
 
-async def listen(address: str, *, timeout: float | None = TIMEOUT, **options: Any) -> Listener:
-    """As ``isolate.channel.listen``: identity, expect, profile, purpose, suites and rekey are its arguments."""
-    Handshake(initiator=False, **options)
+async def listen(
+    address: str,
+    *,
+    identity: Attested,
+    expect: Expect | None = None,
+    profile: str = "peer",
+    purpose: str = "",
+    timeout: float | None = TIMEOUT,
+    suites: Collection[Suite] = (),
+    rekey: RekeyLimits | None = None,
+) -> Listener:
+    """As ``isolate.channel.listen``. Raises UsageError, StorageError or UnavailableError."""
+    options = {
+        "identity": identity, "expect": expect, "profile": profile, "purpose": purpose, "suites": suites,
+        "rekey": rekey,
+    }  # fmt: skip
+    Handshake(initiator=False, **options)  # type: ignore[arg-type]  # so that a misfit is told here, not at accept
     _stream_address(address)
     sock, address = bound_socket(address)
     return Listener(sock, address, options, timeout)
