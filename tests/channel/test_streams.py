@@ -383,6 +383,37 @@ def test_a_killed_peer_is_a_cut(world: Any, address: str) -> None:
                 other.recv()
 
 
+def test_a_killed_peer_is_a_cut_though_its_child_lives_on(world: Any, address: str) -> None:
+    """As the workers of a data loader do, for a while."""
+    with channel.listen(address, identity=world.attested(1), expect=world.expect(0), timeout=5) as listener:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                mine = channel.connect(
+                    listener.address, identity=world.attested(0), expect=world.expect(1), timeout=5
+                )
+                grandchild = os.fork()
+                if grandchild:
+                    os.write(write, b"%d" % grandchild)
+                    mine.send(b"alive")
+                signal.pause()
+            finally:
+                os._exit(1)
+        with listener.accept(10) as other:
+            assert other.recv() == b"alive"
+            grandchild = int(os.read(read, 20))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            try:
+                with pytest.raises(ChannelTruncated):
+                    other.recv()
+            finally:
+                os.kill(grandchild, signal.SIGKILL)
+        os.close(read)
+        os.close(write)
+
+
 def test_addresses_that_are_none(world: Any, tmp_path: Path) -> None:
     options = {"identity": world.attested(0), "expect": world.expect(1)}
     for wrong in ("", "tcp:host", "tcp:host:99999", "udp:h:1", "unix:", f"unix:/{'x' * 200}", "tcp::1"):

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Collection
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -152,7 +153,7 @@ class Channel:
 
     def __init__(self, wire: _Wire, session: Session) -> None:
         self._wire = wire
-        self._end = Endpoint(session, wire.inbox)
+        self._end = Endpoint(session, wire.inbox, partial(wire.drop, shared=True))
         self._sending, self._receiving = asyncio.Lock(), asyncio.Lock()
 
     @property

@@ -11,6 +11,7 @@ receiving. Whatever goes wrong with a record ends the channel for good, on both 
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
@@ -60,7 +61,7 @@ class Channel:
 
     def __init__(self, wire: Wire, session: Session) -> None:
         self._wire = wire
-        self._end = Endpoint(session, wire.inbox)
+        self._end = Endpoint(session, wire.inbox, partial(wire.drop, shared=True))
 
     @property
     def peer(self) -> AttestedPeer | HolderPeer:

@@ -14,13 +14,14 @@ what a record means.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from isolate.channel.handshake import Session
@@ -93,10 +94,11 @@ class Inbox:
 class Endpoint:
     """One end of a channel after its handshake, without I/O. A transport drives it; users hold a Channel.
 
-    ``message`` is what ``pull`` completed: bytes read into the caller's buffer, or a new bytearray.
+    ``message`` is what ``pull`` completed: bytes read into the caller's buffer, or a new bytearray. ``leave``
+    closes a forked child's copy of the transport.
     """
 
-    def __init__(self, session: Session, inbox: Inbox) -> None:
+    def __init__(self, session: Session, inbox: Inbox, leave: Callable[[], None] = lambda: None) -> None:
         self.binding = session.binding
         self.suite: Suite = session.suite
         self.standing = session.standing
@@ -113,6 +115,7 @@ class Endpoint:
         self._why = ""
         self._closed_by_peer: str | None = None
         self.forked = False
+        self._leave = leave
         _LIVE.add(self)
 
     @property
@@ -153,6 +156,9 @@ class Endpoint:
         self.forked = True
         self.sending, self.receiving = threading.Lock(), threading.Lock()
         self.end("the process forked, and the channel stays with the parent")
+        # Else the peer would not see the end of the transport when the parent dies and the child does not.
+        with contextlib.suppress(OSError):
+            self._leave()
 
     def check_open(self) -> None:
         if self.over:
