@@ -1,9 +1,9 @@
 """Training on somebody else's machines: torchrun, DDP and FSDP2 as they are, and one line for the network:
 dist.init_process_group("isolate").
 
-The owner seals real data. torchrun starts two workers, each a measured enclave with a slot of its own; one is
-killed; four go on from the sealed checkpoint, the model now shared among them. The owner opens what came of it, and
-compares it with the same program run plainly.
+The owner seals real data, which the workers read row by row. torchrun starts two of them, each a measured enclave
+with a slot of its own; one is killed; four go on from the sealed checkpoint, the model now shared among them. The
+owner opens what came of it, and compares it with the same program run plainly.
 
 Run it: python examples/training_service.py     (needs the extra "torch"; about a minute)
 Mode: workload. The platform is simulated. Several hosts, and what is on the wire: examples/training_hosts.py.
@@ -143,8 +143,9 @@ def plainly(folder, workers=2):
     folder.mkdir()
     np.savez(folder / "data.npz", **digits()[0])
     command = torchrun(workers, str(APP / "training.py"), str(folder / "data.npz"), str(folder / "model"))
-    with (folder / "torchrun.err").open("w") as errors:
-        subprocess.run(command, check=True, stdout=errors, stderr=errors)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the plain run failed: {done.stderr[-3000:]}")
     return folder / "model"
 
 

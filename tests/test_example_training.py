@@ -43,9 +43,13 @@ with isolate.join() as workload:
         dist.init_process_group("isolate", pg_options=workload, timeout=timedelta(seconds=30))
         total = torch.full((4,), float(rank + 1))
         dist.all_reduce(total)
+        # Row by row, through a worker that has the keys released to it.
+        data = isolate.torch.SealedDataset(workload.locate("digits/train"), identity=workload)
+        batches = isolate.torch.SealedDataLoader(data, batch_size=500, num_workers=1)
+        read = [int(digit) for batch in batches for digit in batch["digits"]]
         import sys
         tops = sorted({name.split(".")[0] for name in sys.modules} - set(sys.stdlib_module_names))
-        workload.report("added", rank=rank, total=total[0].item(), modules=tops)
+        workload.report("added", rank=rank, total=total[0].item(), rows=len(read), sum=sum(read), modules=tops)
         dist.destroy_process_group()
     except isolate.errors.IsolateError as error:
         workload.report("refused", rank=rank, code=error.code, text=str(error))
@@ -114,6 +118,7 @@ def apps(stage: Any) -> dict[str, Path]:
     configuration = apps["other"] / "isolate.toml"
     configuration.write_text(configuration.read_text().replace('job = "digits/', 'job = "digits/other-'))
     admit(stage, sequence=2, **apps)
+    stage.owner.set_rule("digits/train", readers=list(apps))
     return apps
 
 
@@ -167,6 +172,8 @@ def test_a_torch_worker_of_another_job_takes_no_rank_of_this_one(
 ) -> None:
     seen = run(example, stage, apps["meet"], apps["meet"])
     assert [one["total"] for one in seen if one["event"] == "added"] == [3.0, 3.0]
+    digits = example.digits()[0]["digits"]
+    assert {(one["rows"], one["sum"]) for one in seen if one["event"] == "added"} == {(1437, int(digits.sum()))}
     # The trusted base of a worker is that of any enclave, and torch with what it loads.
     loaded = {name for one in seen if one["event"] == "added" for name in one["modules"]}
     assert {name for name in loaded if not name.startswith(("_cython", "cython_runtime", "_sysconfig"))} <= TRUSTED

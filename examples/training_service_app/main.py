@@ -10,7 +10,7 @@ import training
 
 import isolate
 from isolate.errors import RankFailed
-from isolate.torch.checkpoint import SealedStorageReader, SealedStorageWriter
+from isolate.torch import SealedDataLoader, SealedDataset, SealedStorageReader, SealedStorageWriter
 
 DATA, MODEL = "digits/train", "digits/model"
 
@@ -33,7 +33,8 @@ def main():
         folder = workload.locate(MODEL).with_suffix("")
         try:
             training.train(
-                isolate.sealed.load_file(workload.locate(DATA), identity=workload),
+                SealedDataset(workload.locate(DATA), identity=workload),
+                loader=SealedDataLoader,  # num_workers= where reading takes time: here starting one takes more
                 reader=SealedStorageReader(folder, identity=workload) if folder.exists() else None,
                 writer=lambda epoch: SealedStorageWriter(
                     folder, sign=workload, model_id=MODEL, epoch=epoch, overwrite=True

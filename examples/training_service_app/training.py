@@ -14,8 +14,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 
 EPOCHS, BATCH, RATE, MOMENTUM = 8, 64, 0.05, 0.9
+COMPARED = 256  # rows
 
 
 def model():
@@ -23,10 +25,41 @@ def model():
     return torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
 
 
+class Rows(Dataset):
+    """The rows of DATA.npz."""
+
+    def __init__(self, path):
+        with np.load(path) as columns:
+            self.columns = {name: torch.from_numpy(columns[name]) for name in columns}
+
+    def __len__(self):
+        return len(self.columns["digits"])
+
+    def __getitem__(self, row):
+        return {name: column[row] for name, column in self.columns.items()}
+
+
+class Steps:
+    """The rows of each step of an epoch: an order that all workers draw alike, and of every batch each its part."""
+
+    def __init__(self, rows):
+        self.rows, self.epoch = rows, 0
+
+    def __len__(self):
+        return self.rows // BATCH
+
+    def __iter__(self):
+        order = np.random.default_rng(self.epoch).permutation(self.rows)[: len(self) * BATCH]
+        for batch in order.reshape(-1, BATCH):
+            yield batch[dist.get_rank() :: dist.get_world_size()].tolist()
+
+
 class Run:
     """Model, optimizer and what is known of the losses: all that a checkpoint holds."""
 
-    def __init__(self):
+    def __init__(self, data, loader):
+        self.steps = Steps(len(data))
+        self.batches = loader(data, batch_sampler=self.steps)
         self.network = model()
         if dist.get_world_size() > 2:
             fully_shard(self.network)
@@ -51,36 +84,43 @@ class Run:
         )
         self.losses, self.done = state["losses"], state["done"]
 
-    def epoch(self, pixels, digits):
-        """One pass over the data, each worker on its part of every batch. Answers the mean loss."""
-        rank, size = dist.get_rank(), dist.get_world_size()
-        order = torch.from_numpy(np.random.default_rng(self.done).permutation(len(digits)))
+    def epoch(self):
+        """One pass over the data. Its mean loss is kept."""
+        self.steps.epoch = self.done
         total = torch.zeros(1, dtype=torch.float64)
-        batches = order[: len(order) // BATCH * BATCH].view(-1, BATCH)
-        for batch in batches:
-            mine = batch[rank::size]
-            loss = torch.nn.functional.cross_entropy(self.network(pixels[mine]), digits[mine])
+        for batch in self.batches:
+            guessed = self.network(batch["pixels"].float() / 16)
+            loss = torch.nn.functional.cross_entropy(guessed, batch["digits"].long())
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             total += loss.detach()
         dist.all_reduce(total)
-        self.losses[self.done] = total / size / len(batches)
+        self.losses[self.done] = total / dist.get_world_size() / len(self.steps)
         self.done += 1
 
 
-def train(data, *, reader=None, writer, report=print):
-    """``reader``: of a checkpoint to go on from. ``writer(epoch)``: where the next one goes."""
-    pixels, digits = torch.from_numpy(data["pixels"]).float() / 16, torch.from_numpy(data["digits"]).long()
-    # One rank's rows are everybody's, whatever file each host was given.
-    dist.broadcast(pixels, 0)
-    dist.broadcast(digits, 0)
-    run = Run()
+def same_everywhere(data):
+    """Each host was given the data for itself: what rank 0 has must be there too."""
+    own = torch.stack([data[row]["pixels"] for row in range(min(COMPARED, len(data)))])
+    first = own.clone()
+    dist.broadcast(first, 0)
+    if not torch.equal(own, first):
+        raise ValueError(f"rank {dist.get_rank()} was given other data than rank 0")
+
+
+def train(data, *, loader=DataLoader, reader=None, writer, report=print):
+    """``data``: a map-style dataset, and the ``loader`` for it. ``reader``: of a checkpoint to go on from.
+
+    ``writer(epoch)``: where the next one goes.
+    """
+    same_everywhere(data)
+    run = Run(data, loader)
     if reader is not None:
         run.load(reader)
         report("resumed", epoch=run.done)
     while run.done < EPOCHS:
-        run.epoch(pixels, digits)
+        run.epoch()
         run.save(writer(run.done))
         report("epoch", epoch=run.done)
 
@@ -88,7 +128,7 @@ def train(data, *, reader=None, writer, report=print):
 def main(data, folder):
     dist.init_process_group("gloo")
     train(
-        np.load(data),
+        Rows(data),
         writer=lambda epoch: dcp.FileSystemWriter(folder),
         report=lambda name, **facts: None,
     )
