@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from isolate.cli import cli
-from isolate.cli.bench.plot import draw
+from isolate.cli.bench.plot import better, draw, groups, label
 from isolate.errors import MissingExtra, StorageError
 
 PROMISED = {
@@ -40,12 +40,30 @@ def test_the_plot_is_an_svg_that_says_every_figure(tmp_path: Path) -> None:
     draw(BODY, str(tmp_path / "a.svg"), title="isolate bench channels")
     text = (tmp_path / "a.svg").read_text(encoding="utf-8")
     assert text.startswith("<?xml") and "isolate bench channels" in text
-    for part in ("TCP 1 MiB", "0.90", "1.30", "0.4", "a CPU"):
+    for part in ("TCP 1 MiB", "0.90", "1.30", "0.4", "a CPU", "3 paired rounds", "less is better"):
         assert part in text
+    # With no ratio there is nothing to draw, and the figures are said all the same.
+    draw({**BODY, "rounds": 1, "figures": {"nitro_verify_ms": 1.5}}, str(tmp_path / "c.svg"), title="x")
+    plain = (tmp_path / "c.svg").read_text(encoding="utf-8")
+    assert "nitro verify (ms)" in plain and "1 paired round<" in plain and "better" not in plain
     draw(BODY, str(tmp_path / "b.svg"), title="isolate bench channels")
     assert (tmp_path / "b.svg").read_text(encoding="utf-8") == text
     with pytest.raises(StorageError):
         draw(BODY, str(tmp_path / "no" / "folder.svg"), title="x")
+
+
+def test_each_ratio_stands_once_in_a_group_and_costs_are_told_from_throughput() -> None:
+    figures = dict.fromkeys([*PROMISED, "peak_memory_vs_tensors", "invoke_uncommitted_vs_channel_rpc"], 1.2)
+    found = groups(figures)
+    names = [name for _, rows in found for name, _, _ in rows]
+    assert sorted(names) == sorted(set(figures) - {"peak_traced_bytes_per_record"})
+    assert [heading for heading, _ in found][-1] == "times and costs: less is better"
+    assert {name for name, _, value in found[-1][1] if not better(name, value)} == {
+        "rtt_64b_vs_plain", "handshake_vs_mtls", "peak_memory_vs_tensors", "invoke_uncommitted_vs_channel_rpc",
+    }  # fmt: skip
+    assert label("aes_gcm_tcp_1mib_vs_tls13") == "AES-GCM, TCP 1 MiB · against TLS 1.3"
+    assert label("cpu_seconds_per_gb_tcp") == "CPU seconds per GB TCP"
+    assert groups({"bytes": 3, "a_vs_b": 0}) == []
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
