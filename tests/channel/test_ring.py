@@ -94,6 +94,36 @@ def test_pages_that_change_while_records_are_opened(linked: tuple[Channel, Chann
 
 
 @pytest.mark.threat("CHAN-25")
+@pytest.mark.parametrize("when", ["parse", "open"])
+def test_pages_rewritten_when_a_record_is_looked_at(
+    linked: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Between the copy and the header, and between the header and the opening: every byte of the rings changes."""
+    one, other = linked
+    opener, memory, rewritten = other._end._opener, memoryview(pages(other)), []
+    cls = type(opener)
+
+    def rewrite() -> None:
+        rewritten.append(True)
+        memory[ring.PAGE :] = b"\xa5" * (len(memory) - ring.PAGE)
+
+    def parse(raw: bytearray, at: int, parse: Any = cls.parse) -> Any:
+        rewrite()
+        return parse(raw, at)
+
+    def opens(self: Any, pin: Any, at: int, *rest: Any, opens: Any = cls.open) -> Any:
+        rewrite()
+        return opens(self, pin, at, *rest)
+
+    monkeypatch.setattr(cls, *((when, staticmethod(parse)) if when == "parse" else (when, opens)))
+    for size in (64, 3000):
+        message, target = os.urandom(size), bytearray(size)
+        one.send(message)
+        assert other.recv_into(target) == size and target == message
+    assert len(rewritten) >= 2
+
+
+@pytest.mark.threat("CHAN-25")
 @pytest.mark.parametrize("value", [0, 1, ring.CAPACITY + 10_000, 2**63, 2**64 - 1])
 @pytest.mark.parametrize("word", range(4))
 @pytest.mark.parametrize("direction", [0, 1])

@@ -106,7 +106,8 @@ def test_a_client_renews_nothing(world: Any, sides: Make) -> None:
 
 
 @pytest.mark.threat("CHAN-23")
-def test_a_revoked_measurement_ends_live_sessions(world: Any, together: Any) -> None:
+@pytest.mark.parametrize("what", ["send", "recv", "recv_into"])
+def test_a_revoked_measurement_ends_live_sessions(world: Any, together: Any, what: str) -> None:
     """recheck is asked at most every recheck_every seconds, before anything goes out and before it is delivered."""
     import socket
 
@@ -136,8 +137,13 @@ def test_a_revoked_measurement_ends_live_sessions(world: Any, together: Any) -> 
     one.send(b"secret")
     revoked.append(True)
     buffer = bytearray(6)
+    uses: dict[str, Callable[[], Any]] = {
+        "send": lambda: other.send(b"more"),
+        "recv": other.recv,
+        "recv_into": lambda: other.recv_into(buffer),
+    }
     with pytest.raises(HandshakeRefused) as refused:
-        other.recv_into(buffer)
+        uses[what]()
     assert refused.value.code == "revoked" and not any(buffer)
     with pytest.raises(ChannelClosed, match="revoked"):
         one.recv()

@@ -165,6 +165,32 @@ def test_what_was_sent_before_a_close_arrives_though_nobody_read_the_other_way(
     assert together(finish, receive)[1] == 1 << 20
 
 
+def test_closing_wakes_who_reads(linked: tuple[Channel, Channel], together: Both) -> None:
+    one, _ = linked
+
+    def close() -> None:
+        time.sleep(0.05)
+        one.close()
+
+    found, _ = together(one.recv, close)
+    assert isinstance(found, ChannelClosed), found
+
+
+@pytest.mark.parametrize("address", ["unix"], indirect=True)
+def test_closing_wakes_who_is_stuck_in_sending(linked: tuple[Channel, Channel], together: Both) -> None:
+    """It is waited for a second, so that a close can be told behind what is sent, and no longer."""
+    one, _ = linked
+    began = time.monotonic()
+
+    def close() -> None:
+        time.sleep(0.05)
+        one.close()
+
+    found, _ = together(lambda: one.send(bytes(64 << 20)), close)
+    assert isinstance(found, ChannelClosed), found
+    assert time.monotonic() - began < 3
+
+
 @pytest.mark.threat("CHAN-3")
 @pytest.mark.parametrize("cut", ["at a record's end", "inside a record"])
 def test_a_cut_is_no_close(linked: tuple[Channel, Channel], cut: str) -> None:
