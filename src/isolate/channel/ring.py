@@ -27,7 +27,7 @@ from isolate.channel.session import Inbox
 from isolate.errors import ChannelTimeout, HandshakeRefused, RecordRefused
 
 CAPACITY = 1 << 21  # bytes of one direction
-STEP = 1 << 17  # bytes copied before the other side is told: both then copy at once, and from their caches
+STEP = 1 << 19  # bytes copied before the other side is told: both then copy at once, and from their caches
 PAGE = 4096  # of counters, before the two rings
 SIZE = PAGE + 2 * CAPACITY
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW

@@ -18,6 +18,7 @@ from isolate.torch.link import PIECE, count, pieces
 from isolate.torch.talk import Talk
 
 DIRECT = 1 << 16  # bytes up to which latency counts more than volume
+SPAN = 2  # pieces of a part that go around a ring together: what may be sent before anything must have come
 _FAR = 1 << 60  # a lag that never holds anything back: what is sent depends on nothing that comes
 
 
@@ -25,6 +26,16 @@ def cut(view: memoryview, parts: int, *, item: int) -> list[memoryview]:
     """Cut into ``parts`` of as many elements of ``item`` bytes; the last ones may be shorter or empty."""
     each = -(-(len(view) // item) // parts) * item
     return [view[index * each : (index + 1) * each] for index in range(parts)]
+
+
+def sections(view: memoryview, parts: int) -> list[memoryview]:
+    """Cut into what goes around a ring of so many parts at a time.
+
+    >>> [len(one) for one in sections(memoryview(bytearray((1 << 21) + 8)), 2)]
+    [2097152, 8]
+    """
+    each = SPAN * PIECE * parts
+    return [view[start : start + each] for start in range(0, len(view), each)]
 
 
 def all_reduce(talk: Talk, data: memoryview, reduction: Reduction) -> None:
@@ -65,31 +76,36 @@ def _doubling(talk: Talk, data: memoryview, reduction: Reduction) -> None:
 
 
 def _ring(talk: Talk, data: memoryview, reduction: Reduction) -> None:
-    """Reduce-scatter and all-gather as one stream of pieces around the ring."""
+    """Reduce-scatter and all-gather as one stream of pieces around the ring, section by section of the tensor.
+
+    So what was reduced goes on while it is still in a cache: 5 to 15 % of the time at 100 MiB (docs/adr/0018).
+    """
     rank, size = talk.rank, talk.size
-    parts = cut(data, size, item=reduction.item)
-    each = count(len(parts[0]))
-    lists = [pieces(part, each) for part in parts]
-    steps = 2 * (size - 1)
-    out = [piece for step in range(steps) for piece in lists[(rank - step) % size]]
-    scratch = memoryview(bytearray(min(PIECE, len(parts[0]))))
+    scratch = memoryview(bytearray(min(PIECE, len(data))))
+    out: list[memoryview] = []
     into: list[memoryview] = []
-    kept: list[memoryview] = []
-    for step in range(size - 1):
-        mine = lists[(rank - 1 - step) % size]
-        kept += mine
-        into += [scratch[: len(piece)] for piece in mine]
-    for step in range(size - 1, steps):
-        into += lists[(rank - 1 - step) % size]
-    reducing, last = len(kept), (size - 2) * each
+    kept: list[tuple[memoryview, bool] | None] = []
+    for section in sections(data, size):
+        lists = [pieces(part, SPAN) for part in cut(section, size, item=reduction.item)]
+        for step in range(2 * (size - 1)):
+            out += lists[(rank - step) % size]
+            mine = lists[(rank - 1 - step) % size]
+            if step < size - 1:
+                into += [scratch[: len(piece)] for piece in mine]
+                kept += [(piece, step == size - 2) for piece in mine]
+            else:
+                into += mine
+                kept += [None] * SPAN
 
     def got(index: int) -> None:
-        if index < reducing and len(kept[index]):
-            reduction.into(kept[index], into[index])
-            if index >= last and reduction.finish is not None:
-                reduction.finish(kept[index])
+        reduced = kept[index]
+        if reduced is None or not len(reduced[0]):
+            return
+        reduction.into(reduced[0], into[index])
+        if reduced[1] and reduction.finish is not None:
+            reduction.finish(reduced[0])
 
-    talk.stream((rank + 1) % size, out, (rank - 1) % size, into, lag=each, got=got)
+    talk.stream((rank + 1) % size, out, (rank - 1) % size, into, lag=SPAN, got=got)
 
 
 def reduce_scatter(talk: Talk, blocks: Sequence[memoryview], out: memoryview, reduction: Reduction) -> None:
