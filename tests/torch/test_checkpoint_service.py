@@ -75,7 +75,8 @@ def test_a_checkpoint_is_registered_and_loads_by_one_release_for_each_rank(job: 
     job.save(2)
     assert job.load() == 2
     assert [entry["epoch"] for entry in job.realm.entries("register")] == [1, 2]
-    assert sorted(path.name for path in job.path.iterdir())[1:] == ["checkpoint.sealed"]
+    names = {path.name for path in job.path.iterdir()}
+    assert len(names) == 2 and "checkpoint.sealed" in names
 
 
 @pytest.mark.threat("CKPT-6")
