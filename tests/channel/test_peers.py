@@ -1,4 +1,4 @@
-"""What is shown, to the last byte that it may have, by peers whose attested keys are odd; and what is forgotten."""
+"""What is shown, to the last byte that it may have: with odd keys, stolen, replayed; and what is forgotten."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from attrs import evolve
 
 from isolate.attestation.evidence import KeyDigests
 from isolate.channel import Handshake
-from isolate.channel.handshake import Terms
-from isolate.channel.peers import MAX_SHOWN, Statement, show, verify_attested
+from isolate.channel.handshake import Event, Terms
+from isolate.channel.peers import MAX_SHOWN, Statement, check_pins, show, verify_attested
 from isolate.channel.record import Kind
 from isolate.crypto import cbor
 from isolate.errors import HandshakeRefused, MalformedError, UsageError
@@ -88,6 +88,95 @@ def test_terms_of_another_form_are_refused(bent: dict[str, Any]) -> None:
     assert Terms.parse(cbor.encode(good)).job == "j"
     with pytest.raises(MalformedError):
         Terms.parse(cbor.encode({**good, **bent}))
+
+
+@pytest.mark.threat("CHAN-16")
+@pytest.mark.parametrize("thief", [0, 1], ids=["the initiator", "the responder"])
+def test_a_stolen_token_beside_other_keys_is_refused(world: Any, shake: Shake, thief: int) -> None:
+    """Token, keys, static key and signature are each genuine, and do not belong together."""
+    stolen, identities = world.attested(thief).token, [world.attested(0), world.attested(1)]
+    identities[thief] = evolve(identities[thief], token=stolen)
+    one = Handshake(initiator=True, identity=identities[0], expect=world.expect(1))
+    other = Handshake(initiator=False, identity=identities[1], expect=world.expect(0))
+    with pytest.raises(HandshakeRefused) as refused:
+        shake(one, other)
+    assert refused.value.code == "key_not_attested" and not (other, one)[thief].done
+
+
+@pytest.mark.threat("CHAN-10")
+def test_a_token_that_was_good_before_is_looked_at_again(world: Any, shake: Shake) -> None:
+    """Its signature is remembered; its time is not: in later handshakes it has run out, or is of the future."""
+    identities = [world.attested(0), world.attested(1)]
+
+    def again() -> None:
+        one = Handshake(initiator=True, identity=identities[0], expect=world.expect(1))
+        shake(one, Handshake(initiator=False, identity=identities[1], expect=world.expect(0)))
+
+    again()
+    again()
+    for moved in (300, -100):
+        world.time[0] += moved
+        with pytest.raises(HandshakeRefused) as refused:
+            again()
+        assert refused.value.code.startswith("result_")
+        world.time[0] -= moved
+    again()
+    # Opted into by another end of this process: not by this one.
+    simulated = world.attested(1, tier="simulated")
+    body = show(simulated, STATEMENT)
+    opened = world.expect(1, INSECURE_accept_simulated=True)
+    peer = verify_attested(body, STATEMENT, opened, simulated.curve.public)
+    with pytest.raises(HandshakeRefused):
+        verify_attested(body, STATEMENT, world.expect(1), simulated.curve.public)
+    with pytest.raises(HandshakeRefused) as refused:
+        check_pins(peer.result, world.expect(1))
+    assert refused.value.code == "simulated_refused"
+
+
+@pytest.mark.threat("CHAN-15")
+@pytest.mark.parametrize("replayed", [0, 1], ids=["of the initiator", "of the responder"])
+def test_what_was_shown_between_the_same_two_is_of_that_session_only(world: Any, replayed: int) -> None:
+    """Token, keys and static keys are the same in both sessions: only hash and exported secret tell them apart."""
+    identities = [world.attested(0), world.attested(1)]
+
+    def to_the_show() -> tuple[Handshake, Handshake, bytes]:
+        one = Handshake(initiator=True, identity=identities[0], expect=world.expect(1))
+        other = Handshake(initiator=False, identity=identities[1], expect=world.expect(0))
+        sent = one.step(Event.SECOND, other.step(Event.FIRST, one.start()[8:])[8:])
+        end = 8 + int.from_bytes(sent[4:8], "big")
+        other.step(Event.THIRD, sent[8:end])
+        return one, other, sent[end + 8 :]
+
+    def shown_by_the_responder(one: Handshake, other: Handshake, shown: bytes) -> bytes:
+        answer = other.step(Event.SHOW, shown)
+        return one._incoming.decrypt(b"", answer[8 : 8 + int.from_bytes(answer[4:8], "big")])
+
+    one, other, shown = to_the_show()
+    older = one._shown_first if replayed == 0 else shown_by_the_responder(one, other, shown)
+    one, other, shown = to_the_show()
+    if replayed == 0:
+        one._outgoing.nonce = 0
+        target, replay = other, one._outgoing.encrypt(b"", older)
+    else:
+        # Encrypted as the responder would; its keys are known to the attacker here.
+        target, replay = one, other._outgoing.encrypt(b"", older)
+    with pytest.raises(HandshakeRefused) as refused:
+        target.step(Event.SHOW, replay)
+    assert refused.value.code == "signature_refused"
+
+
+@pytest.mark.threat("CHAN-14")
+def test_a_responder_too_refuses_its_own_static_key(world: Any) -> None:
+    """The initiator is one that does not look."""
+    same = world.attested(0)
+    one = Handshake(initiator=True, identity=same, expect=world.expect(0))
+    other = Handshake(initiator=False, identity=same, expect=world.expect(0))
+    second = other.step(Event.FIRST, one.start()[8:])
+    one._static = world.attested(0).curve
+    sent = one.step(Event.SECOND, second[8:])
+    with pytest.raises(HandshakeRefused) as refused:
+        other.step(Event.THIRD, sent[8 : 8 + int.from_bytes(sent[4:8], "big")])
+    assert refused.value.code == "reflected"
 
 
 def test_keys_of_the_handshake_are_forgotten_when_it_is_done(world: Any, shake: Shake) -> None:
