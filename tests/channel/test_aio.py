@@ -212,6 +212,22 @@ def test_the_names_are_those_of_the_blocking_channel() -> None:
         assert {"__aenter__", "__aexit__"} <= set(vars(kind))
 
 
+class Full:
+    """A socket whose buffer is full at the next attempt to send."""
+
+    def __init__(self, sock: Any) -> None:
+        self._sock, self._full = sock, True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def send(self, data: Any) -> int:
+        if self._full:
+            self._full = False
+            raise BlockingIOError
+        return int(self._sock.send(data))
+
+
 @pytest.mark.threat("CHAN-3")
 def test_a_close_behind_a_long_message_is_told(linked: Linked) -> None:
     """The kernel's buffer is full of the message when the close comes: it is no cut, however slow the reader is."""
@@ -223,6 +239,8 @@ def test_a_close_behind_a_long_message_is_told(linked: Linked) -> None:
 
                 async def finish(one: aio.Channel = one, size: int = size) -> None:
                     await one.send(bytes(size))
+                    # As full as it can be: whether it really is, is the kernel's affair.
+                    one._wire.sock = Full(one._wire.sock)  # type: ignore[assignment]
                     await one.close()
 
                 sender = asyncio.create_task(finish())
