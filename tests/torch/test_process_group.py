@@ -344,6 +344,7 @@ def test_over_sockets_too(transport: str, monkeypatch: pytest.MonkeyPatch) -> No
     """There a thread sends: two ranks that send 10 MB at each other do not wait for ever."""
     monkeypatch.setenv("ISOLATE_TRANSPORT", transport)
     job = Job(3)
+    assert not job.groups[0]._links.link(1).inline
 
     def work(group: Any, rank: int) -> None:
         tensor = torch.ones(2_500_000)
@@ -411,6 +412,7 @@ def test_a_forked_process_is_told(pair: Job) -> None:
 def test_a_thread_sends_what_is_long_where_there_are_cores() -> None:
     """Whether a rank does is its own affair: the others need not know."""
     job = Job(3)
+    assert job.groups[0]._links.link(1).inline, "shared memory, where ranks have a host in common"
     for group in job.groups[:2]:
         group._links.spare = True
 

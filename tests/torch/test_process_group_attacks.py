@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ dist = importlib.import_module("torch.distributed")
 
 from isolate.channel import Attested, Expect  # noqa: E402
 from isolate.cli.bench.ranks import Member, Ranks  # noqa: E402
+from isolate.crypto import cbor  # noqa: E402
 from isolate.crypto.signing import SigningKey  # noqa: E402
 from isolate.errors import AppraisalRefused, ControlMissing, IsolateError, MalformedError, RankFailed  # noqa: E402
 from isolate.torch import backend, links  # noqa: E402
@@ -222,8 +224,12 @@ def test_a_relay_that_bends_a_byte_ends_the_group_on_both_ranks(monkeypatch: pyt
 
 
 @pytest.mark.threat("DIST-1")
-def test_a_relay_between_two_sessions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attested rank 2 answers where rank 1 should, with what rank 1 shows it: its own keys give it away."""
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_relay_between_two_sessions_is_refused(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attested rank 2 stands where rank 1 should, with what rank 1 shows it: its own keys give it away.
+
+    It connects (place 1), or is connected to (place 0, with the ranks swapped): so it gets between no two.
+    """
     monkeypatch.setenv("ISOLATE_TRANSPORT", "tcp")
     twin = RANKS.attested(2)
     shown = RANKS.attested(1)
@@ -231,8 +237,41 @@ def test_a_relay_between_two_sessions_is_refused(monkeypatch: pytest.MonkeyPatch
     object.__setattr__(twin, "token", shown.token)
     object.__setattr__(twin, "keys", shown.keys)
     object.__setattr__(twin, "sign", shown.sign)
-    honest = meet([RANKS.peers(0), Given(twin, RANKS)])[0]
+    peers: list[Any] = [RANKS.peers(0), Given(twin, RANKS)]
+    ranks = [0, 1]
+    if place == 0:
+        peers.reverse()
+        ranks.reverse()
+    honest = meet(peers, ranks=ranks)[1 - place]
     assert isinstance(honest, RankFailed) and honest.rank == 1
+    assert honest.code == "key_not_attested", honest.code
+
+
+RUBBISH = {
+    "no record": ("control", b"\xff" * 20),
+    "a long one": ("control", bytes(300)),
+    "no such message": ("control", cbor.encode({"kind": "beaten", "number": 0, "code": ""})),
+    "a short header": ("link", b"short"),
+    "another header": ("link", bytes(20)),
+    "much of it": ("link", bytes(100_000)),
+}
+
+
+@pytest.mark.threat("DIST-7")
+@pytest.mark.parametrize("what", RUBBISH)
+def test_an_attested_rank_that_talks_rubbish_is_named_on_every_rank(what: str) -> None:
+    groups = meet([RANKS.peers(rank) for rank in range(3)], timeout=10.0)
+    where, message = RUBBISH[what]
+    hostile = groups[2]._links
+    (hostile._control[0] if where == "control" else hostile.link(0).channel).send(message)
+    began = time.monotonic()
+    for task in [group.allreduce([torch.ones(100_000)]) for group in groups[:2]]:
+        with pytest.raises(RankFailed, match="rank 2 failed") as caught:
+            task.wait()
+        assert caught.value.rank == 2
+    assert time.monotonic() - began < 5
+    for group in groups:
+        group.shutdown()
 
 
 @pytest.mark.threat("DIST-3")
