@@ -18,6 +18,7 @@ from isolate.crypto.secret import Secret
 from isolate.errors import (
     MalformedError,
     NoRecipient,
+    ReleaseRefused,
     RolledBack,
     Tampered,
     Truncated,
@@ -351,6 +352,36 @@ def test_a_forked_worker_opens_its_own(path: Path, pins: dict[str, Any]) -> None
     assert sorted(labels(SealedDataLoader(data, batch_size=10, num_workers=2))) == list(range(ROWS))
     asked = [int(line) for line in log.read_text().split()]
     assert len(asked) == len(set(asked)) == 3 and asked[0] == os.getpid()
+
+
+class Releasing:
+    """A workload: to its own process the service releases keys; the platform's socket is not a worker's."""
+
+    def __init__(self, inner: Identity) -> None:
+        self.inner, self.pid, self.releases = inner, os.getpid(), 0
+
+    def unlock(self, facts: Any) -> Any:
+        if os.getpid() != self.pid:
+            raise ReleaseRefused("a worker asked")
+        self.releases += 1
+        return sealed.compartment_keys(sealed.open_file_key(facts, self.inner), facts)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_forked_workers_have_what_was_released_to_their_parent(
+    stream: bool, path: Path, folder: Path, pins: dict[str, Any], identity: Identity
+) -> None:
+    for where in (path, folder):
+        workload = Releasing(identity)
+        kind = SealedIterableDataset if stream else SealedDataset
+        data = kind(where, identity=workload, signed_by=pins["signed_by"])
+        for _ in range(2):
+            assert sorted(labels(SealedDataLoader(data, batch_size=10, num_workers=2))) == list(range(ROWS))
+        assert workload.releases == 1
+        if not stream:
+            assert labels(SealedDataLoader(Subset(data, [5, 6]), num_workers=1)) == [5, 6]
+        data.close()
+        assert len(list(data)) == ROWS and workload.releases == 2, "what was closed is asked for again"
 
 
 # What is refused

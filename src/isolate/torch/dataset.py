@@ -34,14 +34,16 @@ import torch
 from attrs import frozen
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from isolate.crypto.kem import Identity
 from isolate.crypto.signing import VerifyingKey
 from isolate.errors import MalformedError, UsageError
-from isolate.sealed.directory import Epoch
+from isolate.sealed.directory import Epoch, PublicFacts
 from isolate.sealed.folder import SealedFolder, open_folder
 from isolate.sealed.folder_manifest import is_folder
+from isolate.sealed.keys import CompartmentKeys, FileKey
 from isolate.sealed.layout import CHUNK_SIZE
 from isolate.sealed.manifest import tensor_size
-from isolate.sealed.recipients import AnyIdentity
+from isolate.sealed.recipients import AnyIdentity, KeyWrapper, Passphrase, Unlocker
 from isolate.sealed.safetensors import safe_open
 from isolate.sealed.stores import PathLike
 from isolate.torch import handoff
@@ -111,6 +113,29 @@ class _Shards:
             self._folder.close()
 
 
+class _Asking:
+    """Asks for the keys of a file once: what was released to a process, its forked workers have in their memory.
+
+    So a worker needs no service, and does not attest: the platform's socket and the locks are the parent's.
+    """
+
+    def __init__(self, inner: Unlocker) -> None:
+        self._inner = inner
+        self._pid, self._released = os.getpid(), {}  # type: int, dict[bytes, CompartmentKeys]
+
+    def unlock(self, facts: PublicFacts) -> FileKey | CompartmentKeys:
+        known = self._released.get(facts.digest)
+        if known is not None and os.getpid() != self._pid:
+            return known
+        found = self._inner.unlock(facts)
+        if isinstance(found, CompartmentKeys):
+            self._released[facts.digest] = found
+        return found
+
+    def forget(self) -> None:
+        self._released.clear()
+
+
 class _Reading:
     """What both kinds of dataset share: opening in each process, blocks in a cache, and who may ask."""
 
@@ -128,6 +153,8 @@ class _Reading:
     ) -> None:
         if (identity is None) == (identity_factory is None):
             raise UsageError("give identity=, or identity_factory= where workers are spawned")
+        if isinstance(identity, Unlocker) and not isinstance(identity, Identity | Passphrase | KeyWrapper):
+            identity = _Asking(identity)
         self._path, self._identity, self._factory = os.fspath(path), identity, identity_factory
         self._signed_by, self._expect = None if signed_by is None else str(signed_by), expect
         self._columns = None if columns is None else list(columns)
@@ -169,6 +196,11 @@ class _Reading:
             self._shards, self._pid = _Shards(self._path, self._columns, options), os.getpid()
         return self._shards
 
+    def _before_workers(self) -> None:
+        """Open it here, so that workers which are forked have the keys: SealedDataLoader calls this."""
+        if self._factory is None:
+            self._open()
+
     def _row(self, shards: _Shards, shard: int, row: int) -> Sample:
         """One sample: {column: tensor}, in memory of its own."""
         found = {}
@@ -195,9 +227,11 @@ class _Reading:
         return sample if self._transform is None else self._transform(sample)
 
     def close(self) -> None:
-        """Forget the keys and what is kept in plaintext."""
+        """Forget the keys and what is kept in plaintext. Reading again asks for the keys again."""
         if self._shards is not None:
             self._shards.close()
+        if isinstance(self._identity, _Asking):
+            self._identity.forget()
         for block in self._blocks.values():
             block.zero_()
         self._forget()

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from attrs import define, field, frozen
-from torch.utils.data import DataLoader, default_collate, default_convert, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, default_convert, get_worker_info
 
 from isolate.crypto import cbor
 from isolate.crypto.aead import Cipher, Suite, preferred_suite
@@ -224,10 +224,21 @@ class SealedDataLoader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Iterator[Any]:
+        if self.num_workers:
+            for dataset in _inner(self.dataset):
+                getattr(dataset, "_before_workers", lambda: None)()
         inner = super().__iter__()
         for sealed in inner:
             batch = self._receiver.open(sealed)
             yield _pinned(batch) if self._pin else batch
+
+
+def _inner(dataset: Any) -> Iterator[Any]:
+    """A dataset, and those that torch's Subset, ConcatDataset and ChainDataset wrap."""
+    yield dataset
+    for wrapped in (getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())):
+        if isinstance(wrapped, Dataset):
+            yield from _inner(wrapped)
 
 
 def _pinned(batch: Any) -> Any:
