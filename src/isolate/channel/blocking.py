@@ -90,6 +90,10 @@ class Channel:
                     return
                 end.check_open()
                 self._look(sending=True)
+                # An end that only ever sends has to renew too.
+                newer = end.attesting()
+                if newer is not None:
+                    self._put(newer)
                 for record in end.outgoing(view):
                     self._put(record)
         finally:

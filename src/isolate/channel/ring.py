@@ -171,7 +171,8 @@ class RingWire:
                 raise ChannelTimeout("the peer does nothing in time")
             if poll.poll(_NAP * 1000):
                 try:
-                    gone = not bell.recv(4096)
+                    # The peer can make a socket that it gave block: not this call.
+                    gone = not bell.recv(4096, socket.MSG_DONTWAIT)
                 except BlockingIOError:
                     continue
                 except OSError:
@@ -184,7 +185,7 @@ class RingWire:
     def _ring(bell: socket.socket) -> None:
         # A full socket is as good as rung.
         with contextlib.suppress(OSError):
-            bell.send(b"\0")
+            bell.send(b"\0", socket.MSG_DONTWAIT)
 
     def drop(self, *, shared: bool) -> None:
         self._closed = True

@@ -42,13 +42,17 @@ def flat(data: Any) -> memoryview:
     """A view in bytes of a buffer or a torch CPU tensor. Raises UsageError for anything else."""
     try:
         view = data if type(data) is memoryview else memoryview(data)
-    except TypeError:
+    except (TypeError, ValueError):
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(data, torch.Tensor):
             raise UsageError(f"a {type(data).__name__} gives no buffer of bytes") from None
-        if data.device.type != "cpu" or not data.is_contiguous():
-            raise UsageError("a tensor must be contiguous and on the CPU") from None
-        return as_bytes(data.detach().reshape(-1).view(torch.uint8).numpy())
+        try:
+            # Sparse, nested and conjugated ones raise in one of these.
+            if data.device.type == "cpu" and data.is_contiguous():
+                return as_bytes(data.detach().reshape(-1).view(torch.uint8).numpy())
+        except RuntimeError:
+            pass
+        raise UsageError("a tensor must be dense, contiguous and on the CPU") from None
     return view if view.format == "B" and view.ndim == 1 and view.c_contiguous else as_bytes(view)
 
 

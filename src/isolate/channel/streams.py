@@ -63,12 +63,19 @@ def parse_address(address: str) -> tuple[str, Any]:
     raise UsageError(f"no address of a channel: {address[:120]}", hint="unix:/path, shm:/path or tcp:host:port")
 
 
+def _set_receive_timeout(sock: socket.socket, seconds: float | None) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+
+
 def _set_timeout(sock: socket.socket, seconds: float | None) -> None:
     """A timeout that the kernel keeps: the socket stays blocking, so that MSG_WAITALL means it."""
+    _set_receive_timeout(sock, seconds)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(seconds))
+
+
+def _timeval(seconds: float | None) -> bytes:
     whole = 0.0 if seconds is None else max(seconds, 0.001)
-    value = struct.pack("@ll", int(whole), int(whole % 1 * 1_000_000))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+    return struct.pack("@ll", int(whole), int(whole % 1 * 1_000_000))
 
 
 class SocketWire:
@@ -91,7 +98,7 @@ class SocketWire:
 
         The kernel bounds one wait; ``deadline``, or the timeout from the first wait that was too short, bounds all.
         """
-        inbox = self.inbox
+        inbox, shortened = self.inbox, False
         if not inbox.end and need <= SMALL and not self._look():
             return False
         while (missing := need - inbox.end + inbox.start) > 0:
@@ -104,6 +111,8 @@ class SocketWire:
                 else:
                     count = self._recv_into(inbox.first)
             except BlockingIOError:
+                if shortened:
+                    _set_receive_timeout(self.sock, self.timeout)
                 raise ChannelTimeout("the peer sent nothing in time") from None
             except OSError:
                 return False
@@ -114,8 +123,13 @@ class SocketWire:
                 now = time.monotonic()
                 if deadline is None:
                     deadline = now + self.timeout
-                elif now > deadline:
+                elif now >= deadline:
                     raise ChannelTimeout("the peer sends too slowly")
+                # Only what is left of it is waited for.
+                shortened = True
+                _set_receive_timeout(self.sock, deadline - now)
+        if shortened:
+            _set_receive_timeout(self.sock, self.timeout)
         return True
 
     def _look(self) -> bool:

@@ -17,6 +17,7 @@ it is wrong or the private module is gone, the public functions serve.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from enum import IntEnum
@@ -99,8 +100,11 @@ def as_bytes(buffer: Buffer, *, writable: bool = False) -> memoryview:
         raise UsageError("the buffer is read-only")
     if view.ndim == 1 and view.format == "B":
         return view
+    # Names of fields stand between colons.
+    if "O" in re.sub(":[^:]*:", "", view.format):
+        raise UsageError("the buffer holds Python objects: their addresses, not their bytes")
     # A zero in the shape cannot be cast.
-    return view.cast("B") if view.nbytes else memoryview(bytearray() if writable else b"")
+    return view.cast("B") if view.nbytes else memoryview(b"" if view.readonly else bytearray())
 
 
 def _load_sodium() -> tuple[Any, Any] | None:

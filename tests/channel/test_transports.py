@@ -1,0 +1,128 @@
+"""Buffers that give no bytes, ends that only send, sockets that a peer gave, and bytes at the last moment."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from attrs import evolve
+
+from isolate import channel
+from isolate.channel import Channel, Handshake, ring
+from isolate.channel.session import flat
+from isolate.channel.streams import SocketWire
+from isolate.errors import ChannelTimeout, UsageError
+
+
+@pytest.mark.threat("CHAN-21")
+def test_an_end_that_only_sends_renews_too(world: Any, together: Any) -> None:
+    mine = world.attested(0)
+    tokens, clock = [mine.token], [1e9]
+    cores = (
+        Handshake(
+            initiator=True, identity=evolve(mine, token=lambda: tokens[-1]), expect=world.expect(1, max_stale=None)
+        ),
+        Handshake(initiator=False, identity=world.attested(1), expect=world.expect(0)),
+    )
+    wires = [SocketWire(end, 5.0) for end in socket.socketpair()]
+    sessions = together(lambda: wires[0].handshake(cores[0]), lambda: wires[1].handshake(cores[1]))
+    one, other = (Channel(wire, session) for wire, session in zip(wires, sessions, strict=True))
+    for end in (one, other):
+        end._end.standing.clock = lambda: clock[0]
+    for _ in range(20):
+        clock[0] += 300
+        world.time[0] += 300
+        tokens.append(world.renewed(mine, issued=world.time[0], expires=world.time[0] + 300))
+        one.send(b"x")
+        assert other.recv() == b"x"
+    assert other.peer.result.expires == world.time[0] + 300
+    one._end._sealer.until = 1e12
+    # Between two looks for a newer token, a small message is one record and nothing else is done.
+    assert one._end.single(memoryview(b"x")) is not None
+    one.close()
+    other.close()
+
+
+@pytest.mark.parametrize("array", [
+    np.array(["2020-01-01"], dtype="M8[s]"),
+    np.array([object()]),
+    np.array([(1, None)], dtype=[("Oops", "i4"), ("x", "O")]),
+    np.zeros((4, 4))[:, ::2],
+    np.zeros((4, 4), order="F"),
+], ids=["times", "objects", "records with objects", "strided", "by columns"])  # fmt: skip
+def test_what_gives_no_bytes_is_refused_by_type(array: Any) -> None:
+    """Of Python objects an array has the addresses: they must not leave, and never come from a peer."""
+    with pytest.raises(UsageError):
+        flat(array)
+
+
+def test_what_gives_bytes_is_taken(world: Any) -> None:
+    for array in (
+        np.zeros((0, 5)), np.zeros(3, dtype=">f4"), np.zeros(3, dtype=[("Oops", "i4")]), np.float32(3),
+        np.zeros(3, dtype="?"), np.zeros((2, 3), dtype="c16"),
+    ):  # fmt: skip
+        assert len(flat(array)) == array.nbytes
+    assert not flat(np.zeros((0, 5))).readonly
+
+
+def test_tensors_that_give_no_bytes_are_refused_by_type() -> None:
+    torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
+    complexes = torch.zeros(3, dtype=torch.complex64)
+    for tensor in (
+        complexes.conj(), complexes.conj().imag, torch.eye(3).to_sparse(), torch.eye(3, 4).t(),
+        torch.zeros(3, device="meta"), torch.zeros(1).expand(5),
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            flat(tensor)
+    for tensor in (torch.zeros(3, requires_grad=True), torch.zeros(0, 3), torch.tensor(1.0), complexes):
+        assert len(flat(tensor)) == tensor.numel() * tensor.element_size() and not flat(tensor).readonly
+
+
+@pytest.mark.threat("CHAN-25")
+def test_nobody_blocks_in_a_socket_that_the_peer_gave() -> None:
+    """Whoever gave a descriptor shares its flags: he makes it block again, and reads nothing."""
+    ours, theirs = socket.socketpair()
+    memory = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    os.ftruncate(memory, ring.SIZE)
+    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    kept, given = socket.socketpair()
+    socket.send_fds(theirs, [b"\0"], [memory, given.fileno()])
+    wire = ring.accept_offer(ours, 1)
+    given.setblocking(True)
+
+    def work() -> None:
+        for _ in range(5000):
+            wire._ring(wire._space)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(5)
+    stuck = thread.is_alive()
+    wire.drop(shared=False)
+    for one in (theirs, kept, given):
+        one.close()
+    os.close(memory)
+    thread.join(5)
+    assert not stuck
+
+
+@pytest.mark.threat("CHAN-6")
+def test_a_byte_at_the_last_moment_gains_no_time(world: Any) -> None:
+    with channel.listen(
+        "tcp:127.0.0.1:0", identity=world.attested(1), expect=world.expect(0), timeout=0.4
+    ) as listener:
+        host, port = listener.address.split(":")[1:]
+        with socket.create_connection((host, int(port))) as slow:
+            late = threading.Timer(0.3, slow.sendall, [b"\x01"])
+            late.start()
+            began = time.monotonic()
+            with pytest.raises(ChannelTimeout):
+                listener.accept()
+            assert time.monotonic() - began < 0.6
+            late.join()
