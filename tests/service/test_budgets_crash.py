@@ -1,4 +1,4 @@
-"""A service that is killed at every statement of reserve and settle: budget is lost at most, and never minted.
+"""A service that is killed at every statement of reserve, lease and settle: budget is lost at most, never minted.
 
 The service runs in a process of its own, on the state of the realm, and ends itself with SIGKILL right before its
 n-th statement, for every n; after the last one it is killed between its commit and its answer.
@@ -16,11 +16,13 @@ import pytest
 from isolate.crypto import merkle
 from isolate.crypto.signing import SigningKey
 from isolate.messages.base import Signed
-from isolate.messages.invoke import Budget, ReserveRequest, SettleRequest
+from isolate.messages.invoke import Budget, Reservation, ReserveRequest, SettleRequest
+from isolate.messages.lease import Lease, LeaseRequest
 from isolate.service.routes import Service
 from isolate.service.state import State
 
 SIZE, NEEDED = 800, 300  # bytes reserved, and bytes that then leave
+LEASED = 8  # uses
 
 
 class Deadly:
@@ -86,33 +88,47 @@ def check_log(realm: Any) -> None:
         assert merkle.root(nodes, size) == merkle.root(again, size)
 
 
-def reserve_killed(realm: Any, till: Any, holder: SigningKey, by: int) -> int:
-    token = realm.grant(holder, uses=10_000, bytes_out=10**9)
-    uses: dict[bytes, ReserveRequest] = {}
+def reserve_killed(realm: Any, till: Any, holder: SigningKey, by: int, leased: int = 1) -> int:
+    token = realm.grant(holder, uses=10_000, bytes_out=10**9, lease=LEASED)
+    route, kind, answer = ("reserve", "use", Reservation) if leased == 1 else ("lease", "lease", Lease)
+    uses: dict[bytes, ReserveRequest | LeaseRequest] = {}
 
     def make() -> Signed:
         use = realm.use(token, holder, bytes_out=SIZE)
+        if leased > 1:
+            use = LeaseRequest(
+                use.token, use.invocation, use.channel_binding, use.argument_hash, use.bytes_out, leased
+            )
         signed: Signed = realm.signed_by(till.enclave, use)
         uses[signed.nonce] = use
         return signed
+
+    def left(charged: int) -> Budget:
+        return Budget(10_000 - charged * leased, 10**9 - charged * leased * SIZE)
 
     spent = 0
 
     def check(request: Signed, answered: bool) -> None:
         nonlocal spent
-        written = len(realm.entries("use"))
+        written = len(realm.entries(kind))
         # All of it or none of it, and all of it where it was answered.
         assert written in ((spent + 1,) if answered else (spent, spent + 1))
-        assert till.left(token, holder) == Budget(10_000 - written, 10**9 - written * SIZE)
+        assert till.left(token, holder) == left(written)
         assert realm.rows()["reservation"] == written
         # Asked again, it is not taken twice: what was written is replayed, what was not is reserved now.
-        code = realm.code(lambda: till.reserve(uses[request.nonce]))
+        again = realm.signed_by(till.enclave, uses[request.nonce])
+        code = realm.code(lambda: realm.ask(route, again, answer))
         assert code == ("replayed" if written > spent else "")
         spent += 1
-        assert till.left(token, holder) == Budget(10_000 - spent, 10**9 - spent * SIZE)
+        assert till.left(token, holder) == left(spent)
         check_log(realm)
 
-    return each_step(realm, "reserve", make, check, by)
+    return each_step(realm, route, make, check, by)
+
+
+def lease_killed(realm: Any, till: Any, holder: SigningKey, by: int) -> int:
+    """All the uses of it, or none."""
+    return reserve_killed(realm, till, holder, by, LEASED)
 
 
 def settle_killed(realm: Any, till: Any, holder: SigningKey, by: int) -> int:
@@ -141,7 +157,7 @@ def settle_killed(realm: Any, till: Any, holder: SigningKey, by: int) -> int:
 
 
 @pytest.mark.threat("SVC-21")
-@pytest.mark.parametrize("run", [reserve_killed, settle_killed])
+@pytest.mark.parametrize("run", [reserve_killed, lease_killed, settle_killed])
 def test_a_kill_at_some_statements_loses_at_most_what_was_reserved(
     realm: Any, till: Any, holder: SigningKey, run: Any
 ) -> None:
@@ -150,7 +166,7 @@ def test_a_kill_at_some_statements_loses_at_most_what_was_reserved(
 
 @pytest.mark.slow
 @pytest.mark.threat("SVC-21")
-@pytest.mark.parametrize("run", [reserve_killed, settle_killed])
+@pytest.mark.parametrize("run", [reserve_killed, lease_killed, settle_killed])
 def test_a_kill_at_every_statement_loses_at_most_what_was_reserved(
     realm: Any, till: Any, holder: SigningKey, run: Any
 ) -> None:
