@@ -4,6 +4,7 @@ Run it: torchrun --nproc-per-node 2 training.py DATA.npz FOLDER
 Two workers hold the whole model each (DDP); more share it among them (FSDP2).
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -132,6 +133,7 @@ def main(data, folder):
         writer=lambda epoch: dcp.FileSystemWriter(folder),
         report=lambda name, **facts: None,
     )
+    gc.collect()  # DDP is in cycles, and holds the group; gloo must not outlive Python
     dist.destroy_process_group()
 
 
