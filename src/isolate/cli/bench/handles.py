@@ -6,10 +6,12 @@ signed by its holder, sent over an attested channel to another process, reserved
 full sync, less a bare round trip of messages of the same sizes over the same channel.
 invoke_uncommitted_vs_channel_rpc: the same use without the service, over a remote call on that channel: the same
 two messages, encoded and read on both sides, with nothing signed or verified. invoke_uncommitted_vs_channel_bytes:
-over the bare round trip, in which nothing is encoded either. sibling_contention: the time of a charge (reserve and
-settle) when 8 clients narrowed one handle, over that of one client alone. Of round trips each round takes the
-median. false_refusals: of authorisations while every core is busy with something else; 100,000 of them, or 2,000
-with --quick.
+over the bare round trip, in which nothing is encoded either. lease_use_vs_committed: how many times cheaper a use
+is under a lease of 64 than one that is reserved and settled, both from the client's signature to its reply, and the
+lease's own cost shared among its uses. sibling_contention: the time of a charge (reserve and settle) when 8 clients
+narrowed one handle, over that of one client alone. Of round trips each round takes the median, but for those of
+leases the mean. false_refusals: of authorisations while every core is busy with something else; 100,000 of them, or
+2,000 with --quick.
 
     >>> desk = Desk(lambda reserve, number: None, lambda settle, number: None)
     >>> desk.report("nothing")
@@ -56,8 +58,10 @@ from isolate.messages.invoke import (
     ReserveRequest,
     SettleRequest,
 )
+from isolate.messages.lease import Lease, LeaseRequest
 
 CLIENTS = 8
+LEASE = 64  # uses, as in docs/handles.md
 NOW = 1_800_000_000
 UNDER_LOAD, QUICK = 100_000, 2_000
 
@@ -68,7 +72,7 @@ def nothing(view: Any) -> int:
 
 
 class Desk:
-    """What a Server needs of a workload, with the two steps of a charge handed in."""
+    """What a Server needs of a workload, with the two steps of a charge handed in, and what gives leases."""
 
     def __init__(
         self,
@@ -76,8 +80,9 @@ class Desk:
         settle: Callable[[SettleRequest, bytes], None],
         owner: VerifyingKey | None = None,
         certificate: ServiceCertificate | None = None,
+        lease: Callable[[LeaseRequest, bytes], Lease] | None = None,
     ) -> None:
-        self.reserve, self.settle = reserve, settle
+        self.reserve, self.settle, self.lease = reserve, settle, lease
         self.owner, self.certificate = owner, certificate
 
     @property
@@ -97,12 +102,17 @@ class Caller:
     """A holder with a token for ``nothing``, narrowed once, of this ``epoch`` of the service."""
 
     def __init__(
-        self, owner_key: SigningKey, parent: Token | None = None, giver: SigningKey | None = None, epoch: int = 1
+        self,
+        owner_key: SigningKey,
+        parent: Token | None = None,
+        giver: SigningKey | None = None,
+        epoch: int = 1,
+        lease: int | None = None,
     ) -> None:
         self.key = SigningKey.generate()
         self._giver = giver or SigningKey.generate()
         if parent is None:
-            scope = Scope(operations={nothing.name: nothing.digest}, uses=2**40)
+            scope = Scope(operations={nothing.name: nothing.digest}, uses=2**40, lease=lease)
             holder = self._giver.verifying_key.ed25519
             parent = grant(owner_key, asset=ASSET, scope=scope, holder=holder, epoch=epoch)
         self.parent = parent
@@ -200,7 +210,7 @@ def _serve(
             kind, count = pipe.recv()
         except EOFError:
             return
-        if kind == "metered":
+        if kind in ("metered", "leased"):
             load.attest()  # a result lives five minutes, which a benchmark on a busy machine outlives
         pipe.send("ready")
         for _ in range(count):
@@ -209,14 +219,19 @@ def _serve(
 
 
 class Client:
-    """Round trips over one attested channel to the enclave's process, in seconds: the median of ``count``."""
+    """Round trips over one attested channel to the enclave's process. ``lender`` may have leases taken."""
 
-    def __init__(self, channel: Channel, caller: Caller, pipe: Connection) -> None:
-        self._channel, self._caller, self._pipe = channel, caller, pipe
+    def __init__(self, channel: Channel, caller: Caller, lender: Caller, pipe: Connection) -> None:
+        self._channel, self._caller, self._lender, self._pipe = channel, caller, lender, pipe
         self._size = len(caller.message(channel.binding))
         self._signed = caller.invocation(channel.binding).encode()
 
-    def trips(self, kind: str, count: int) -> float:
+    def median(self, kind: str, count: int) -> float:
+        """Seconds."""
+        return statistics.median(self.trips(kind, count))
+
+    def trips(self, kind: str, count: int) -> list[float]:
+        """Seconds of each of ``count``."""
         self._pipe.send((kind, count))
         self._pipe.recv()
         times, bare = [], bytes(self._size)
@@ -231,12 +246,14 @@ class Client:
                 if reply.code:
                     raise UnavailableError(f"the benchmark's use was refused: {reply.code}")
             times.append(time.perf_counter() - begin)
-        return statistics.median(times)
+        return times
 
     def _message(self, kind: str) -> bytes:
         if kind == "rpc":
             return Invoke(self._caller.encoded, self._signed, {}).padded()
-        return self._caller.message(self._channel.binding)
+        caller = self._lender if kind == "leased" else self._caller
+        caller.counter = max(self._caller.counter, self._lender.counter)  # on one channel it only grows
+        return caller.message(self._channel.binding)
 
 
 @contextlib.contextmanager
@@ -247,13 +264,19 @@ def _client(folder: Path, owner: Owner, key: SigningKey, load: Load) -> Iterator
     def settle(request: SettleRequest, number: bytes) -> None:
         load.ask("settle", request, Receipt).verify(owner.certificate, request)
 
+    def lease(request: LeaseRequest, number: bytes) -> Lease:
+        taken = load.ask("lease", request, Lease)
+        taken.verify(owner.certificate, number, request)
+        return taken
+
     def server(reserve: Callable[..., None], settle: Callable[..., None]) -> Server:
         operations: list[Operation] = [nothing]
-        desk: Any = Desk(reserve, settle, key.verifying_key, owner.certificate)
+        desk: Any = Desk(reserve, settle, key.verifying_key, owner.certificate, lease)
         return Server(desk, ASSET, {"w": np.zeros(4)}, operations)
 
     servers = {
         "metered": server(reserve, settle),
+        "leased": server(reserve, settle),
         "free": server(lambda request, number: None, lambda request, number: None),
     }
     first, second, expect = attested_pair()
@@ -267,7 +290,8 @@ def _client(folder: Path, owner: Owner, key: SigningKey, load: Load) -> Iterator
     try:
         here.recv()
         with connect(address, identity=first, expect=expect(1), purpose="bench") as channel:
-            yield Client(channel, Caller(key, epoch=owner.certificate.epoch), here)
+            epoch = owner.certificate.epoch
+            yield Client(channel, Caller(key, epoch=epoch), Caller(key, epoch=epoch, lease=LEASE), here)
     finally:
         here.close()
         process.join(5)
@@ -308,15 +332,18 @@ def run(rounds: int | None, quick: bool) -> tuple[int, Figures]:
                 added: list[float] = []
 
                 def metered() -> float:
+                    times = client.trips("metered", trips)
                     # Against the bare round trip of the same minute.
-                    added.append((client.trips("metered", trips) - client.trips("echo", trips)) * 1000)
-                    return added[-1]
+                    added.append((statistics.median(times) - client.median("echo", trips)) * 1000)
+                    return statistics.fmean(times)
 
                 measures: dict[str, Callable[[], float]] = {
                     "metered": metered,
-                    "free": lambda: client.trips("free", trips * 5),
-                    "rpc": lambda: client.trips("rpc", trips * 5),
-                    "echo": lambda: client.trips("echo", trips * 5),
+                    # Whole leases, each from its beginning to its last use.
+                    "leased": lambda: statistics.fmean(client.trips("leased", LEASE if quick else 4 * LEASE)),
+                    "free": lambda: client.median("free", trips * 5),
+                    "rpc": lambda: client.median("rpc", trips * 5),
+                    "echo": lambda: client.median("echo", trips * 5),
                     "alone": lambda: _charges(loads[:1], siblings[:1], charges * 2),
                     "together": lambda: _charges(loads[:-1], siblings, charges),
                 }
@@ -326,6 +353,7 @@ def run(rounds: int | None, quick: bool) -> tuple[int, Figures]:
                 ratios = {
                     "invoke_uncommitted_vs_channel_rpc": ("free", "rpc"),
                     "invoke_uncommitted_vs_channel_bytes": ("free", "echo"),
+                    "lease_use_vs_committed": ("metered", "leased"),
                     "sibling_contention": ("together", "alone"),
                 }
                 figures |= paired(rounds, measures, ratios)
