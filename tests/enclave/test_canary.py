@@ -8,6 +8,7 @@ away. Then each guard is taken out, and the same search must find the canary.
 
 from __future__ import annotations
 
+import ast
 import base64
 import functools
 import importlib.util
@@ -185,6 +186,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "mean_salary": {"department": 1}, "by_education": {"vote": "Dole"},
     "nearest_titles": {"question": "which?", "top": 2}, "classify": {"image": bytes(range(64))},
     "confidence": {"image": bytes(range(64))}, "deriving": {"salt": 1},
+    "adapt": {"images": bytes(range(64)) * 20, "digits": bytes(range(10)) * 2},
 }  # fmt: skip
 BAD: list[dict[str, Any]] = [
     {}, {"department": 9}, {"vote": "anyone"}, {"question": "x" * 1000, "top": 1}, {"top": 5}, {"image": b""},
@@ -249,13 +251,16 @@ def use_everything(
             assert len(left.replies[-1]) == one.reply_size
             return Reply.parse(left.replies[-1])
 
-        derived = ask(tokens[0], deriving, {"salt": 1})
-        assert derived.code == ""
+        named = {one.name: one for one in operations}
+        derived, adapted = (ask(tokens[0], named[name], GOOD[name]) for name in ("deriving", "adapt"))
+        assert derived.code == adapted.code == ""
         ask(tokens[0], text_of_a_derived_one, {"model": derived.value})
+        assert ask(tokens[0], named["classify_with"], {"model": adapted.value, "image": bytes(64)}).code == ""
         codes = {one.name: ask(tokens[0], one, GOOD.get(one.name, {})).code for one in operations}
         assert {name for name, code in codes.items() if not code} >= {*GOOD, "printing"}
+        leased = realm.grant(holder, operations=granted, lease=8)
         for one in operations if refusals else ():
-            for token in tokens[1:]:
+            for token in (leased, leased, *tokens[1:]):
                 ask(token, one, GOOD.get(one.name, {}))
             for arguments in BAD:
                 ask(tokens[0], one, arguments)
@@ -269,8 +274,25 @@ def use_everything(
 def test_no_byte_of_the_canary_leaves(realm: Any, use_everything: Callable[..., dict[str, bytes]]) -> None:
     haystacks = use_everything()
     assert len(haystacks["replies"]) > 256 * 200
-    assert {"use", "settled", "derive", "use refused"} <= {one["kind"] for one in realm.entries()}
+    assert {"use", "settled", "derive", "use refused", "lease"} <= {one["kind"] for one in realm.entries()}
     assert where(haystacks) == set()
+
+
+def test_no_operation_of_an_example_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever adds one is told here to have it run on the canary, and with what arguments."""
+    known = {one.name for one in example_operations(monkeypatch)}
+    places = [ROOT / "examples", ROOT / "src" / "isolate" / "cli" / "demo"]
+    written = {
+        node.name
+        for place in places
+        for path in place.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(one, ast.Call) and ast.unparse(one.func) == "operation" for one in node.decorator_list)
+    }
+    assert written == known
+    # All but the careless one, and the one that takes what another made, which runs on that.
+    assert known - GOOD.keys() == {"weights", "classify_with"}
 
 
 def test_the_search_finds_each_form() -> None:
