@@ -168,6 +168,29 @@ def test_a_notebook_shows_scope_and_no_key(kind: str, things: dict[str, Any], ke
     assert not shows(said, key) and "isolate-token-" not in said
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_ipython_itself_shows_no_key(kind: str, things: dict[str, Any], key: SigningKey) -> None:
+    """A cell's result, `handle?`, and a traceback with the locals (%xmode Verbose), as its own code makes them."""
+    formatters = pytest.importorskip("IPython.core.formatters", reason="IPython is not installed")
+    from IPython.core.oinspect import Inspector
+    from IPython.core.ultratb import VerboseTB
+
+    thing = things[kind]
+    data, _ = formatters.DisplayFormatter().format(thing)
+    said = [str(data), str(Inspector(theme_name="nocolor").info(thing, detail_level=1))]
+    if kind != "file signer":
+        assert data.keys() == {"text/plain", "text/html"} and "at most 9 uses" in data["text/html"]
+
+    def user() -> None:
+        holds = [thing]
+        raise KeyError(len(holds))
+
+    error = caught(user, KeyError)
+    said.append(VerboseTB().text(type(error), error, error.__traceback__))
+    assert "holds" in said[-1] and type(thing).__name__ in said[-1]
+    assert not any(shows(one, key) or "isolate-token-" in one for one in said)
+
+
 def test_a_key_without_its_seed_signs_and_is_not_saved(path: Path, key: SigningKey, tmp_path: Path) -> None:
     loaded = SigningKey.load(path)
     loaded.forget_seed()
