@@ -228,8 +228,7 @@ class Scope:
         Traceback (most recent call last):
         isolate.errors.CapabilityRefused: this handle has limits that are not enforced here: minimum_group
         """
-        present = {attribute.name for attribute in fields(Scope) if getattr(self, attribute.name) is not None}
-        missing = sorted(present - set(enforced))
+        missing = sorted(name for name in _LIMITS if getattr(self, name) is not None and name not in enforced)
         if missing:
             raise CapabilityRefused(
                 f"this handle has limits that are not enforced here: {', '.join(missing)}", code="not_enforced"
@@ -308,6 +307,9 @@ def _constraint(value: object) -> Constraint:
         if _constraint_value(choices) == value:
             return choices
     raise UsageError("a parameter is limited by a range, or by sorted and distinct choices")
+
+
+_LIMITS = tuple(attribute.name for attribute in fields(Scope))
 
 
 def _both(one: Constraint, other: Constraint) -> Constraint:

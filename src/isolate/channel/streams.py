@@ -44,11 +44,13 @@ if TYPE_CHECKING:
 
 TIMEOUT = 30.0  # seconds
 BACKLOG = 1024
-# Waking a process that sleeps costs 5 to 10 us of a round trip, a look 1. So a reader looks this often before it
-# sleeps, and after looks that were in vain it goes to sleep at once this many times. All looks together are longer
-# than a round trip with sleepers at both ends: were they shorter, two ends that once slept would sleep for ever.
-LOOKS = 60
+# Waking a process that sleeps costs 5 to 50 us, a look 1. So a reader looks this often before it sleeps: for longer
+# than a metered use takes its enclave. After looks that were in vain it goes to sleep at once, SLEEPS times and
+# twice as often each time, so that who waits for long hardly looks. All looks together are longer than a round
+# trip with sleepers at both ends: were they shorter, two ends that once slept would sleep for ever.
+LOOKS = 500
 SLEEPS = 31
+_MOST_SLEEPS = 1023
 _GONE = {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.EBADF, errno.ESHUTDOWN}
 
 
@@ -88,6 +90,7 @@ class SocketWire:
         self._recv_into, self._sendall = sock.recv_into, sock.sendall
         # On one CPU the peer cannot run while we look.
         self._sleeps: float = 0 if len(os.sched_getaffinity(0)) > 1 else math.inf
+        self._vain = 0  # how often it sleeps after it has looked in vain once more
         sock.setblocking(True)
         _set_timeout(sock, timeout)
         if sock.family != socket.AF_UNIX:
@@ -144,8 +147,9 @@ class SocketWire:
                 continue
             except OSError:
                 return False
+            self._vain = 0
             return self.inbox.end > 0
-        self._sleeps = SLEEPS
+        self._sleeps = self._vain = min(2 * self._vain + 1, _MOST_SLEEPS) if self._vain else SLEEPS
         return True
 
     def send(self, data: memoryview | bytes) -> bool:

@@ -73,8 +73,11 @@ class Purpose(StrEnum):
     CHECKPOINT_OFFER = "checkpoint/offer"
 
 
+_FRAMES = {purpose: b"isolate/v1/" + purpose.value.encode() + b"\0" for purpose in Purpose}
+
+
 def _framed(purpose: Purpose, message: bytes) -> bytes:
-    return b"isolate/v1/" + purpose.value.encode() + b"\0" + message
+    return _FRAMES[purpose] + message
 
 
 def verify(public: bytes, purpose: Purpose, message: bytes, signature: bytes) -> bool:

@@ -15,9 +15,8 @@ trusted because it is measured; Python could not confine it. Spec: docs/spec/ope
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn, Self, overload
 
 import numpy as np
 
@@ -83,17 +82,18 @@ class View(Mapping[str, np.ndarray[Any, Any]]):
         """The texts that ``pack_texts`` packed under this name."""
         return Texts(self[name], self[name + ENDS])
 
-    @contextlib.contextmanager
-    def lent(self) -> Iterator[View]:
-        """A view for one invocation: when that ends, what the operation kept of it is empty.
+    def lent(self) -> Self:
+        """A view for one invocation, to be used with ``with``: at its end, what the operation kept of it is empty.
 
         Arrays that it took out of the view are its own to forget.
         """
-        lent = View(self._tensors)
-        try:
-            yield lent
-        finally:
-            lent.close()
+        return type(self)(self._tensors)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Drop the references. What they led to is freed where nothing else holds it; Python wipes nothing."""
