@@ -30,7 +30,6 @@ NONCE_SIZE = 16
 # Version, counter, handle, digest of the operation, hash of the arguments, channel binding, nonce; the operation's
 # name is what comes after. Of a fixed form, because each use is made once and read twice.
 _FORM = Struct(f">BQ32s32s32s32s{NONCE_SIZE}s")
-_SIZES = {"handle": 32, "operation_digest": 32, "argument_hash": 32, "channel_binding": 32, "nonce": NONCE_SIZE}
 MAX_INVOCATION = ED25519_SIGNATURE + _FORM.size + MAX_NAME  # bytes encoded
 
 _ARGUMENTS = b"isolate/v1/capability/arguments\0"
@@ -69,7 +68,7 @@ class Invocation:
             raise _malformed("a signature is 64 bytes")
         if not 1 <= len(self.body) - _FORM.size <= MAX_NAME:
             raise _malformed("it is too short or too long")
-        version, counter, *hashes = _FORM.unpack_from(self.body)
+        version, counter, handle, digest, arguments, binding, nonce = _FORM.unpack_from(self.body)
         try:
             operation = self.body[_FORM.size :].decode("ascii")
         except UnicodeDecodeError:
@@ -80,9 +79,12 @@ class Invocation:
             raise _malformed("its counter is out of bounds")
         keep = object.__setattr__
         keep(self, "counter", counter)
+        keep(self, "handle", handle)
+        keep(self, "operation_digest", digest)
+        keep(self, "argument_hash", arguments)
+        keep(self, "channel_binding", binding)
+        keep(self, "nonce", nonce)
         keep(self, "operation", operation)
-        for name, value in zip(_SIZES, hashes, strict=True):
-            keep(self, name, value)
 
     @classmethod
     def sign(
@@ -104,7 +106,7 @@ class Invocation:
         if holder_key.verifying_key.ed25519 != token.holder:
             raise HolderRefused("this key is not the one that the token was issued to")
         hashes = (token.id, operation_digest, argument_hash, channel_binding, nonce)
-        for part, size in zip(hashes, _SIZES.values(), strict=True):
+        for part, size in zip(hashes, (32, 32, 32, 32, NONCE_SIZE), strict=True):
             # Packing would fill up what is too short, and cut off what is too long.
             if type(part) is not bytes or len(part) != size:
                 raise _malformed("a field has not its length")
