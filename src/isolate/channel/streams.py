@@ -88,8 +88,8 @@ class SocketWire:
         self.inbox = Inbox()
         # Bound once: a small record is mostly look-ups.
         self._recv_into, self._sendall = sock.recv_into, sock.sendall
-        # On one CPU the peer cannot run while we look.
-        self._sleeps: float = 0 if len(os.sched_getaffinity(0)) > 1 else math.inf
+        # On a machine of one CPU the peer cannot run while we look.
+        self._sleeps: float = 0 if (os.cpu_count() or 1) > 1 else math.inf
         self._vain = 0  # how often it sleeps after it has looked in vain once more
         sock.setblocking(True)
         _set_timeout(sock, timeout)

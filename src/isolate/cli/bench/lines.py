@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import resource
 import secrets
 import socket
@@ -216,6 +217,32 @@ class Lines:
         return Plain(sock)
 
 
+def two_cores() -> list[int]:
+    """A core for each end, the same for whatever is compared: left alone, ends are moved together and apart.
+
+    None where there is only one. Never two threads of one core, where the system tells.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    try:
+        shared = Path(f"/sys/devices/system/cpu/cpu{cores[0]}/topology/thread_siblings_list").read_text()
+        siblings = {int(one) for part in shared.split(",") for one in part.split("-")}
+    except (OSError, ValueError):
+        siblings = set()
+    apart = [core for core in cores[1:] if core not in siblings] or cores[1:]
+    return [cores[0], apart[0]] if apart else []
+
+
+@contextlib.contextmanager
+def kept_to(cores: list[int]) -> Iterator[None]:
+    """Run on these cores only; on any for an empty list."""
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, cores or before)
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
@@ -228,6 +255,7 @@ def _serve(lines: Lines, kinds: list[str], pipe: Connection) -> None:
     pipe.send({kind: address for kind, (_, address) in listeners.items()})
     held = {kind: lines.accept(kind, listeners[kind][0], context) for kind in kinds}
     buffer = memoryview(bytearray(LARGEST))
+    os.sched_setaffinity(0, two_cores()[1:] or os.sched_getaffinity(0))
     while True:
         try:
             order, kind, size, count = pipe.recv()
@@ -320,7 +348,8 @@ def opened(kinds: list[str]) -> Iterator[Bench]:
         there.close()
         bench = Bench(lines, here.recv(), here)
         try:
-            yield bench
+            with kept_to(two_cores()[:1]):
+                yield bench
         finally:
             bench.close()
             here.close()
