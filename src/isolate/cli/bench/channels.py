@@ -1,8 +1,8 @@
 """Channels against plain sockets by their best path, and against stdlib ssl with TLS 1.3, at the same sizes.
 
 One process sends, another receives, each on a core of its own; every connection stays open all the time, and each
-round measures each once. A throughput counts until the receiver says that it has all. Of round trips and handshakes,
-which a busy machine only lengthens, each round takes the 10th percentile.
+round measures each once. A throughput counts until the receiver says that it has all. Of round trips and
+handshakes, which a busy machine only lengthens, each round takes the 10th percentile.
 
     >>> from isolate.cli.bench.channels import messages
     >>> messages(1 << 20, 64 << 20), messages(64, 64 << 20)
