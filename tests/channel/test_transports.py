@@ -126,3 +126,63 @@ def test_a_byte_at_the_last_moment_gains_no_time(world: Any) -> None:
                 listener.accept()
             assert time.monotonic() - began < 0.6
             late.join()
+
+
+class Silent:
+    """A socket where nothing comes, until it does; it counts how often somebody looks, and how often one sleeps."""
+
+    def __init__(self) -> None:
+        self.looks = self.sleeps = 0
+        self.there = False
+
+    def recv_into(self, space: Any, size: int = 0, flags: int = 0) -> int:
+        if self.there:
+            space[0] = 1
+            return 1
+        self.looks += 1
+        raise BlockingIOError
+
+
+def test_who_looks_in_vain_looks_more_and_more_seldom() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        wire, silent = SocketWire(one, 1.0), Silent()
+        wire._recv_into = silent.recv_into  # type: ignore[method-assign, assignment]
+        wire._sleeps = 0
+        gaps: list[int] = []
+        for _ in range(8):
+            before, waits = silent.looks, 0
+            while silent.looks == before:
+                assert wire._look()
+                waits += 1
+            gaps.append(waits - 1)
+        assert gaps == [0, 31, 63, 127, 255, 511, 1023, 1023]
+        # Something came when it was looked for: from then on as in the beginning.
+        wire._sleeps, silent.there = 0, True
+        assert wire._look()
+        silent.there = False
+        assert wire._look()
+        assert wire._sleeps == 31
+
+
+def test_an_interrupted_reader_has_its_whole_timeout_again() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        wire = SocketWire(one, 5.0)
+        whole = one.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16)
+        during = b""
+
+        def begin_and_stop(space: Any, *_: Any) -> int:
+            nonlocal during
+            if wire.inbox.end == 2:
+                during = one.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16)
+                raise KeyboardInterrupt
+            time.sleep(0.05)  # longer than the kernel's tick, to which it rounds
+            return 1
+
+        wire._recv_into = begin_and_stop  # type: ignore[method-assign, assignment]
+        wire._sleeps = 1
+        with pytest.raises(KeyboardInterrupt):
+            wire.fill(100)
+        assert during != whole, "the rest of a record is waited for no longer than is left"
+        assert one.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16) == whole

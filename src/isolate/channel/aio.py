@@ -25,7 +25,7 @@ from isolate.channel.handshake import MAX_FRAME, Handshake, Session, refusal
 from isolate.channel.peers import Attested, AttestedPeer, Expect, Holder, HolderPeer
 from isolate.channel.record import HEADER_SIZE, RekeyLimits
 from isolate.channel.session import Endpoint, Inbox, flat
-from isolate.channel.streams import TIMEOUT, bound_socket, close_listening, family, parse_address
+from isolate.channel.streams import TIMEOUT, bound_socket, close_listening, family, parse_address, shut_down
 from isolate.crypto.aead import Suite
 from isolate.crypto.secret import wipe
 from isolate.errors import (
@@ -82,14 +82,7 @@ class _Wire:
             for write in list(self._waiting):
                 self._wake(write)
                 self._forget(write)
-            with contextlib.suppress(OSError):
-                # TCP resets a connection that is closed over unread bytes, and forgets what it has still to send.
-                unread = bytearray(65536)
-                for _ in range(64):
-                    if not self.sock.recv_into(unread):
-                        break
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
+            shut_down(self.sock)
         self.sock.close()
 
     async def fill(self, need: int) -> bool:

@@ -80,6 +80,18 @@ def _timeval(seconds: float | None) -> bytes:
     return struct.pack("@ll", int(whole), int(whole % 1 * 1_000_000))
 
 
+def shut_down(sock: socket.socket) -> None:
+    """End the connection, so that what was sent last still arrives."""
+    with contextlib.suppress(OSError):
+        # TCP resets a connection that is closed over unread bytes, and forgets what it has still to send.
+        unread = bytearray(65536)
+        for _ in range(64):
+            if not sock.recv_into(unread, 0, socket.MSG_DONTWAIT):
+                break
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
 class SocketWire:
     """A connected socket with deadlines: reads into an inbox, sends whole frames. Foreign errors become ours."""
 
@@ -90,6 +102,7 @@ class SocketWire:
         self._recv_into, self._sendall = sock.recv_into, sock.sendall
         # On a machine of one CPU the peer cannot run while we look.
         self._sleeps: float = 0 if (os.cpu_count() or 1) > 1 else math.inf
+        self._shortened = False  # whether the kernel has less than the timeout now
         self._vain = 0  # how often it sleeps after it has looked in vain once more
         sock.setblocking(True)
         _set_timeout(sock, timeout)
@@ -101,9 +114,17 @@ class SocketWire:
 
         The kernel bounds one wait; ``deadline``, or the timeout from the first wait that was too short, bounds all.
         """
-        inbox, shortened = self.inbox, False
-        if not inbox.end and need <= SMALL and not self._look():
+        if not self.inbox.end and need <= SMALL and not self._look():
             return False
+        try:
+            return self._fill(need, deadline)
+        finally:
+            if self._shortened:
+                self._shortened = False
+                _set_receive_timeout(self.sock, self.timeout)
+
+    def _fill(self, need: int, deadline: float | None) -> bool:
+        inbox = self.inbox
         while (missing := need - inbox.end + inbox.start) > 0:
             # Little is read ahead, in one call; much is read exactly, and waited for in one call.
             try:
@@ -114,8 +135,6 @@ class SocketWire:
                 else:
                     count = self._recv_into(inbox.first)
             except BlockingIOError:
-                if shortened:
-                    _set_receive_timeout(self.sock, self.timeout)
                 raise ChannelTimeout("the peer sent nothing in time") from None
             except OSError:
                 return False
@@ -129,10 +148,8 @@ class SocketWire:
                 elif now >= deadline:
                     raise ChannelTimeout("the peer sends too slowly")
                 # Only what is left of it is waited for.
-                shortened = True
+                self._shortened = True
                 _set_receive_timeout(self.sock, deadline - now)
-        if shortened:
-            _set_receive_timeout(self.sock, self.timeout)
         return True
 
     def _look(self) -> bool:
@@ -187,14 +204,7 @@ class SocketWire:
 
     def drop(self, *, shared: bool) -> None:
         if not shared:
-            with contextlib.suppress(OSError):
-                # TCP resets a connection that is closed over unread bytes, and forgets what it has still to send.
-                unread = bytearray(65536)
-                for _ in range(64):
-                    if not self.sock.recv_into(unread, 0, socket.MSG_DONTWAIT):
-                        break
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
+            shut_down(self.sock)
         self.sock.close()
 
     def _send_or_gone(self, data: bytes) -> None:
