@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -55,11 +55,17 @@ class AsyncHandle(Held):
         """Run one operation in the enclave, as ``Handle.invoke``."""
         digest = self._digest(operation)
         encoded, hashed = self._encode(arguments)
+        return await self._exchange(
+            operation, lambda binding: self._request(operation, digest, encoded, hashed, binding)
+        )
+
+    async def _exchange(self, operation: str, request: Callable[[bytes], bytes]) -> Any:
+        """As ``Handle._exchange``."""
         await self._here()
         async with self._turn:
             try:
                 opened = await self._connect()
-                await opened.send(self._request(operation, digest, encoded, hashed, opened.binding))
+                await opened.send(request(opened.binding))
                 reply = self._reply(await opened.recv())
             except BaseException:
                 # Over; or, where this task was cancelled, with a reply to come that the next use would take.
@@ -73,17 +79,10 @@ class AsyncHandle(Held):
         digest = self._digest(operation)
         self._check_joined(operation, joined, arguments)
         encoded, hashed = self._encode(arguments)
-        await self._here()
-        async with self._turn:
-            try:
-                opened = await self._connect()
-                request = self._request_joined(operation, digest, joined, encoded, hashed, opened.binding)
-                await opened.send(request)
-                reply = self._reply(await opened.recv())
-            except BaseException:
-                await self.close()
-                raise
-        return self._value(operation, reply)
+        return await self._exchange(
+            operation,
+            lambda binding: self._request_joined(operation, digest, joined, encoded, hashed, binding),
+        )
 
     async def _here(self) -> None:
         """A channel and a lock belong to one event loop: those of another are left behind."""

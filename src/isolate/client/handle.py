@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -58,10 +58,14 @@ class Handle(Held):
 
     def _send(self, operation: str, digest: bytes, arguments: dict[str, Any]) -> Any:
         encoded, hashed = self._encode(arguments)
+        return self._exchange(operation, lambda binding: self._request(operation, digest, encoded, hashed, binding))
+
+    def _exchange(self, operation: str, request: Callable[[bytes], bytes]) -> Any:
+        """Send what ``request`` makes for the channel's binding; the reply's value."""
         with self._turn:
             try:
                 opened = self._connect()
-                opened.send(self._request(operation, digest, encoded, hashed, opened.binding))
+                opened.send(request(opened.binding))
                 reply = self._reply(opened.recv())
             except BaseException:
                 # This channel is over, or (interrupted) has a reply still to come, which the next use would take
@@ -83,16 +87,10 @@ class Handle(Held):
         digest = self._digest(operation)
         self._check_joined(operation, joined, arguments)
         encoded, hashed = self._encode(arguments)
-        with self._turn:
-            try:
-                opened = self._connect()
-                request = self._request_joined(operation, digest, joined, encoded, hashed, opened.binding)
-                opened.send(request)
-                reply = self._reply(opened.recv())
-            except BaseException:
-                self.close()
-                raise
-        return self._value(operation, reply)
+        return self._exchange(
+            operation,
+            lambda binding: self._request_joined(operation, digest, joined, encoded, hashed, binding),
+        )
 
     def _connect(self) -> channel.Channel:
         if self._channel is None:
