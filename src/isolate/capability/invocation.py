@@ -30,7 +30,6 @@ NONCE_SIZE = 16
 # Version, counter, handle, digest of the operation, hash of the arguments, channel binding, nonce; the operation's
 # name is what comes after. Of a fixed form, because each use is made once and read twice.
 _FORM = Struct(f">BQ32s32s32s32s{NONCE_SIZE}s")
-MAX_INVOCATION = ED25519_SIGNATURE + _FORM.size + MAX_NAME  # bytes encoded
 
 _ARGUMENTS = b"isolate/v1/capability/arguments\0"
 _INVOCATION = b"isolate/v1/capability/invocation-id\0"

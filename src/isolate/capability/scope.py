@@ -241,19 +241,19 @@ class Scope:
     def to_value(self) -> dict[str, Any]:
         """The map that stands in a block: only the fields that are present."""
         value: dict[str, Any] = {}
-        for attribute in fields(Scope):
-            part = getattr(self, attribute.name)
+        for name in _LIMITS:
+            part = getattr(self, name)
             if part is None:
                 continue
-            if attribute.name == "parameters":
+            if name == "parameters":
                 value["parameters"] = {
-                    operation: {name: _constraint_value(one) for name, one in limits.items()}
+                    operation: {argument: _constraint_value(one) for argument, one in limits.items()}
                     for operation, limits in part.items()
                 }
-            elif attribute.name == "outputs":
+            elif name == "outputs":
                 value["outputs"] = {kind: list(sizes) for kind, sizes in part.items()}
             else:
-                value[attribute.name] = dict(part) if isinstance(part, Mapping) else part
+                value[name] = dict(part) if isinstance(part, Mapping) else part
         return value
 
     @classmethod
@@ -261,8 +261,7 @@ class Scope:
         """Read such a map. Raises CapabilityRefused for an unknown field or a value that no scope has."""
         if not isinstance(value, dict):
             raise CapabilityRefused("a scope is a map", code="token_malformed")
-        known = {attribute.name for attribute in fields(Scope)}
-        if set(value) - known or None in value.values():
+        if not value.keys() <= set(_LIMITS) or None in value.values():
             raise CapabilityRefused(
                 "the scope has a field that is unknown here", code="token_malformed", hint="is this software old?"
             )
