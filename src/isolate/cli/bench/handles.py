@@ -39,7 +39,7 @@ from isolate.capability.scope import Scope
 from isolate.capability.token import ChainCache, Token, grant, verify
 from isolate.channel import Channel, connect, listen
 from isolate.cli.bench import Figures, paired
-from isolate.cli.bench.lines import attested_pair, kept_to, two_cores
+from isolate.cli.bench.lines import attested_pair, keep_to, kept_to, two_cores
 from isolate.cli.bench.service import ASSET, Load, served
 from isolate.client.owner import Owner
 from isolate.crypto import cbor
@@ -196,7 +196,7 @@ def _serve(
         pipe.send("listening")
         channel = listener.accept()
     replay, request = ReplayGuard(channel.binding), bytearray(1 << 20)
-    os.sched_setaffinity(0, two_cores()[1:] or os.sched_getaffinity(0))
+    keep_to(two_cores()[1:])
 
     def answer(kind: str, message: bytes) -> bytes:
         if kind == "echo":

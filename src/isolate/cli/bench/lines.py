@@ -232,12 +232,18 @@ def two_cores() -> list[int]:
     return [cores[0], apart[0]] if apart else []
 
 
+def keep_to(cores: list[int]) -> None:
+    """From now on run on these cores only; on any for an empty list."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+
+
 @contextlib.contextmanager
 def kept_to(cores: list[int]) -> Iterator[None]:
-    """Run on these cores only; on any for an empty list."""
+    """The same for a while."""
     before = os.sched_getaffinity(0)
     try:
-        os.sched_setaffinity(0, cores or before)
+        keep_to(cores)
         yield
     finally:
         os.sched_setaffinity(0, before)
@@ -255,7 +261,7 @@ def _serve(lines: Lines, kinds: list[str], pipe: Connection) -> None:
     pipe.send({kind: address for kind, (_, address) in listeners.items()})
     held = {kind: lines.accept(kind, listeners[kind][0], context) for kind in kinds}
     buffer = memoryview(bytearray(LARGEST))
-    os.sched_setaffinity(0, two_cores()[1:] or os.sched_getaffinity(0))
+    keep_to(two_cores()[1:])
     while True:
         try:
             order, kind, size, count = pipe.recv()
