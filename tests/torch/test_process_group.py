@@ -93,6 +93,25 @@ def options(**fields: Any) -> Any:
 SIZES = [1, 7, 20_000, 300_001]  # elements: in a header's message, by a tree, by a ring of several pieces
 
 
+def test_a_tensor_of_several_sections_goes_around_section_by_section(job: Job) -> None:
+    count = 1_300_003  # elements of 4 bytes: more than a section of 2^20 bytes for each of four ranks
+
+    def work(group: Any, rank: int) -> None:
+        base = torch.arange(count, dtype=torch.float32) % 1000
+        for operation, expected in (
+            (Op.SUM, base * job.size + sum(range(job.size))),
+            (Op.MAX, base + job.size - 1),
+        ):
+            tensor = base + rank
+            group.allreduce([tensor], options(reduceOp=operation)).wait()
+            assert torch.equal(tensor, expected)
+        tensor = base * job.size
+        group.allreduce([tensor], options(reduceOp=Op.AVG)).wait()
+        assert torch.equal(tensor, base * job.size), "divided once, in every section"
+
+    job.run(work)
+
+
 @pytest.mark.parametrize("count", SIZES)
 def test_all_reduce_broadcast_and_reduce(job: Job, count: int) -> None:
     total = sum(range(1, job.size + 1))
