@@ -21,16 +21,16 @@ KEY = bytes(range(32))
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to AEGIS-256: libsodium into our buffers, and PyNaCl's public functions."""
     if request.param == "public":
-        monkeypatch.setattr(aead, "_SODIUM", None)
+        monkeypatch.setattr(aead, "SODIUM", None)
     else:
-        assert aead._SODIUM is not None, "this PyNaCl does not give AEGIS-256 as aead.py expects it"
+        assert aead.SODIUM is not None, "this PyNaCl does not give AEGIS-256 as aead.py expects it"
     return str(request.param)
 
 
 @pytest.fixture(params=[*Suite, "AEGIS_256 by public functions"], ids=str)
 def cipher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cipher:
     if not isinstance(request.param, Suite):
-        monkeypatch.setattr(aead, "_SODIUM", None)
+        monkeypatch.setattr(aead, "SODIUM", None)
         return Cipher(Suite.AEGIS_256, Secret(KEY))
     return Cipher(request.param, Secret(KEY))
 

@@ -95,6 +95,25 @@ def test_bare_forms_with_keys_or_signatures_of_another_size(size: int) -> None:
     assert not signing.is_public_key(bytes(size))
 
 
+@pytest.mark.parametrize("size", [0, 1, 111, 112, 240, 100_000])
+def test_libsodium_and_openssl_make_one_signature(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert signing.SODIUM is not None
+    made = KEY.sign(Purpose.INVOCATION, bytes(size))
+    monkeypatch.setattr(signing, "SODIUM", None)
+    other = SigningKey(Secret(SEED))
+    assert other.sign(Purpose.INVOCATION, bytes(size)) == made
+    assert PUBLIC.verify(Purpose.INVOCATION, bytes(size), made)
+
+
+def test_what_libsodium_signs_with_is_wiped_with_its_key() -> None:
+    assert signing.SODIUM is not None
+    key = SigningKey(Secret(SEED))
+    memory = signing.SODIUM[0].buffer(key._sodium)
+    assert memory[32:] == key.verifying_key.ed25519 and any(memory[:32])
+    del key
+    assert not any(memory[:])
+
+
 def test_signing_keys_are_derived_from_the_seed() -> None:
     assert SigningKey(Secret(SEED)).verifying_key == PUBLIC
     assert OTHER.verifying_key != PUBLIC

@@ -136,7 +136,7 @@ def _load_sodium() -> tuple[Any, Any] | None:
     return (ffi, lib) if good else None
 
 
-_SODIUM = _load_sodium()
+SODIUM = _load_sodium()
 
 
 class Cipher:
@@ -186,10 +186,10 @@ class Cipher:
             self.openssl.encrypt_into(as_bytes(nonce), source, data, target)
             return
         key = self._exposed()
-        if _SODIUM is None:
+        if SODIUM is None:
             target[:] = nacl.bindings.crypto_aead_aegis256_encrypt(bytes(source), data, bytes(nonce), bytes(key))
             return
-        ffi, lib = _SODIUM
+        ffi, lib = SODIUM
         lib.crypto_aead_aegis256_encrypt(
             ffi.from_buffer(target), ffi.NULL, ffi.from_buffer(source), len(source), data, len(data),
             ffi.NULL, ffi.from_buffer(nonce), ffi.from_buffer(key),
@@ -210,7 +210,7 @@ class Cipher:
                 return False
             return True
         key = self._exposed()
-        if _SODIUM is None:
+        if SODIUM is None:
             try:
                 target[:] = nacl.bindings.crypto_aead_aegis256_decrypt(
                     bytes(source), data, bytes(nonce), bytes(key)
@@ -219,7 +219,7 @@ class Cipher:
                 wipe(target)
                 return False
             return True
-        ffi, lib = _SODIUM
+        ffi, lib = SODIUM
         status = lib.crypto_aead_aegis256_decrypt(
             ffi.from_buffer(target), ffi.NULL, ffi.NULL, ffi.from_buffer(source), len(source), data, len(data),
             ffi.from_buffer(nonce), ffi.from_buffer(key),
@@ -269,7 +269,7 @@ class Pin:
         self.raw = bytearray(size)
         self.view = memoryview(self.raw)
         self.head = self.view[: Lane.HEAD]
-        self.pointer: Any = None if _SODIUM is None else _SODIUM[0].from_buffer(self.raw)
+        self.pointer: Any = None if SODIUM is None else SODIUM[0].from_buffer(self.raw)
         self.body: Any = None if self.pointer is None or size < Lane.HEAD else self.pointer + Lane.HEAD
 
 
@@ -303,7 +303,7 @@ class Lane:
         self._aead = Cipher(suite, key)
         self._nonce = Pin(suite.nonce_size)
         self._key: Pin | None = None
-        if suite is Suite.AEGIS_256 and _SODIUM is not None:
+        if suite is Suite.AEGIS_256 and SODIUM is not None:
             self._key = Pin(KEY_SIZE)
             self._key.raw[:] = key.expose()
             self.seal, self.open = _sodium_lane(self._key, self._nonce)
@@ -365,7 +365,7 @@ def _openssl_lane(aead: Any, nonce: Pin) -> tuple[Callable[..., None], Callable[
 
 def _sodium_lane(key: Pin, nonce: Pin) -> tuple[Callable[..., None], Callable[..., bool]]:
     """AEGIS-256 with every name bound beforehand: these two functions are most of a small record's time."""
-    ffi, lib = _SODIUM  # type: ignore[misc]
+    ffi, lib = SODIUM  # type: ignore[misc]
     encrypt, decrypt = lib.crypto_aead_aegis256_encrypt, lib.crypto_aead_aegis256_decrypt
     null, pin_down, pack, counter = ffi.NULL, ffi.from_buffer, _NUMBER.pack_into, nonce.raw
     place, tag, head = nonce.size - 8, Suite.AEGIS_256.tag_size, Lane.HEAD
