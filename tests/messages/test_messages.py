@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 import attrs
 import numpy as np
@@ -18,7 +18,7 @@ from isolate.crypto.signing import Purpose, SigningKey
 from isolate.errors import IsolateError, MalformedError, RefusedError, UsageError
 from isolate.messages import approve, attest, base, http, invoke, lease, limits, owner
 from isolate.messages.attest import Challenge, ChallengeRequest, Release, ReleaseContext, ReleaseRequest
-from isolate.messages.base import MAX_MESSAGE, Answer, Message, Refusal, Signed
+from isolate.messages.base import MAX_MESSAGE, Answer, Limit, Message, Refusal, Signed
 from isolate.messages.invoke import (
     BUCKET,
     MAX_BYTES_OUT,
@@ -132,6 +132,32 @@ def test_sizes_are_checked_when_a_message_is_read(kind: type[Message]) -> None:
             continue  # what the service says, under its signature
         with pytest.raises(MalformedError):
             kind.parse(cbor.encode({**fields, name: b"short"}))
+
+
+@attrs.frozen
+class Limited(Message):
+    TYPE = "limited"
+    several: Annotated[list[Annotated[bytes, Limit(1, 2)]], Limit(0, 2)] = attrs.field(factory=list)
+    named: dict[Annotated[str, Limit(1, 2)], Annotated[int, Limit(0, 9)]] = attrs.field(factory=dict)
+    perhaps: Annotated[str, Limit(1, 2)] | Annotated[bytes, Limit(3, 4)] | None = None
+
+
+@pytest.mark.parametrize(
+    ("field", "good", "bad", "said"),
+    [
+        ("several", [b"a", b"bc"], [b"a", b"b", b"c"], "0 to 2 long"),
+        ("several", [], [b"a", b"bcd"], "1 to 2 bytes"),
+        ("named", {"a": 0, "bc": 9}, {"a": 0, "b": 10}, "0 to 9"),
+        ("named", {}, {"a": 0, "bcd": 0}, "1 to 2 long"),
+        ("perhaps", "a", "abc", "1 to 2 long"),
+        ("perhaps", b"abc", b"a", "3 to 4 bytes"),
+    ],
+)
+def test_limits_inside_lists_maps_and_choices(field: str, good: Any, bad: Any, said: str) -> None:
+    assert Limited.parse(Limited(**{field: good}).encode()) == Limited(**{field: good})
+    value = {"type": "limited", "several": [], "named": {}, "perhaps": None, field: bad}
+    with pytest.raises(MalformedError, match=f"^{field} of message limited is {said}$"):
+        Limited.parse(cbor.encode(value))
 
 
 @given(st.binary(max_size=300))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import attrs
@@ -69,11 +69,11 @@ class Message:
     TYPE: ClassVar[str]
 
     def __attrs_post_init__(self) -> None:
-        for name, parts in _limited(type(self)):
-            for value, limit in parts(getattr(self, name)):
-                if not limit.admits(value):
-                    unit = " bytes" if type(value) is bytes else "" if type(value) is int else " long"
-                    raise MalformedError(f"{name} of message {self.TYPE} is {limit}{unit}")
+        for name, breaks in _limited(type(self)):
+            if found := breaks(getattr(self, name)):
+                value, limit = found
+                unit = " bytes" if type(value) is bytes else "" if type(value) is int else " long"
+                raise MalformedError(f"{name} of message {self.TYPE} is {limit}{unit}")
 
     def encode(self) -> bytes:
         values = {name: getattr(self, name) for name in hints(type(self))}
@@ -95,11 +95,11 @@ class Message:
 
 
 _Check = Callable[[Any], bool]
-_Parts = Callable[[Any], Iterable[tuple[Any, Limit]]]
+_Breaks = Callable[[Any], tuple[Any, Limit] | None]
 
 _HINTS: dict[Any, dict[str, Any]] = {}
 _CHECKS: dict[Any, dict[str, _Check]] = {}
-_LIMITED: dict[Any, tuple[tuple[str, _Parts], ...]] = {}
+_LIMITED: dict[Any, tuple[tuple[str, _Breaks], ...]] = {}
 
 
 def hints(cls: Any) -> dict[str, Any]:
@@ -117,11 +117,11 @@ def _checks(cls: Any) -> dict[str, _Check]:
     return _CHECKS.setdefault(cls, {name: _check(hint) for name, hint in hints(cls).items()})
 
 
-def _limited(cls: Any) -> tuple[tuple[str, _Parts], ...]:
-    """Those of a message's fields that have a limit somewhere, and what finds the parts of a value under one."""
+def _limited(cls: Any) -> tuple[tuple[str, _Breaks], ...]:
+    """Those of a message's fields that have a limit somewhere, and what finds a part of a value that breaks one."""
     if cls in _LIMITED:
         return _LIMITED[cls]
-    found = tuple((name, _parts(hint)) for name, hint in hints(cls).items() if _has_limit(hint))
+    found = tuple((name, _breaks(hint)) for name, hint in hints(cls).items() if _has_limit(hint))
     return _LIMITED.setdefault(cls, found)
 
 
@@ -129,35 +129,40 @@ def _has_limit(hint: Any) -> bool:
     return isinstance(hint, Limit) or any(_has_limit(part) for part in get_args(hint))
 
 
-def _parts(hint: Any) -> _Parts:
-    """What finds every part of a value that has a limit, with its limit. What is of another type has none here.
+def _breaks(hint: Any) -> _Breaks:
+    """What finds a part of a value that breaks its limit, with that limit. What is of another type has none here.
 
     Both this and ``_check`` look at the type once, and not at every message again.
     """
     if not _has_limit(hint):
-        return lambda value: ()
+        return lambda value: None
     origin, given = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        fits, notes = _check(given[0]), tuple(note for note in given[1:] if isinstance(note, Limit))
-        own: _Parts = lambda value: [(value, note) for note in notes] if fits(value) else []  # noqa: E731
-        return own if not _has_limit(given[0]) else _all(own, _parts(given[0]))
+        own = [_outside(_check(given[0]), note) for note in given[1:] if isinstance(note, Limit)]
+        return _first(*own, *([_breaks(given[0])] if _has_limit(given[0]) else []))
     if origin in (Union, types.UnionType):
-        return _all(*map(_parts, given))
+        return _first(*map(_breaks, given))
     if origin is list:
-        item = _parts(given[0])
-        return lambda value: [one for part in value for one in item(part)] if isinstance(value, list) else []
+        item = _breaks(given[0])
+        return lambda value: next(filter(None, map(item, value)), None) if isinstance(value, list) else None
     if origin is dict:
-        entry = _parts(given[0]), _parts(given[1])
+        key, part = map(_breaks, given)
         return lambda value: (
-            [one for pair in value.items() for parts, part in zip(entry, pair, strict=True) for one in parts(part)]
+            next((found for pair in value.items() if (found := key(pair[0]) or part(pair[1]))), None)
             if isinstance(value, dict)
-            else []
+            else None
         )
-    return lambda value: ()
+    return lambda value: None
 
 
-def _all(*several: _Parts) -> _Parts:
-    return lambda value: [one for parts in several for one in parts(value)]
+def _outside(fits: _Check, limit: Limit) -> _Breaks:
+    return lambda value: (value, limit) if fits(value) and not limit.admits(value) else None
+
+
+def _first(*several: _Breaks) -> _Breaks:
+    if len(several) == 1:
+        return several[0]
+    return lambda value: next((found for breaks in several if (found := breaks(value))), None)
 
 
 def _check(hint: Any) -> _Check:
