@@ -25,14 +25,14 @@ from isolate.messages.invoke import Invoke
 from isolate.messages.owner import Revoke
 
 PEOPLE = Aggregates(("low", "high"), {"people": Count()}, 2)
-RAN: list[Callable[[], Any]] = []
+RAN: list[Callable[..., Any]] = []
 
 
 @operation(inputs={"register": Joined("c/d"), "limit": Integer(0, 9)}, output=PEOPLE)
 def compare(view: Any, register: Any, limit: int) -> Any:
     """Those who stand in both tables, by whether they are above the limit."""
     for one in RAN:
-        one()
+        one(view, register)
     both = np.isin(view["id"], register["id"])
     return Rows(view["id"][both], (view["score"][both] > limit).astype(int))
 
@@ -124,13 +124,23 @@ def test_each_asset_is_charged_and_the_strictest_of_its_limits_holds(cast: Cast)
     assert [cast.code(survey, register) for _ in range(3)] == ["", "", "budget_exhausted"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_an_operation_kept_of_its_views_is_empty(cast: Cast, fails: bool) -> None:
+    survey, register, kept = cast.handle("a/b"), cast.handle("c/d"), list[Any]()
+    RAN.append(lambda *views: kept.append((views, [len(one) for one in views])) or (fails and 1 / 0))
+    for _ in range(2):
+        assert cast.code(survey, register) == ("operation_failed" if fails else "")
+    assert [seen for _, seen in kept] == [[2, 1], [2, 1]]
+    assert [len(view) for views, _ in kept for view in views] == [0, 0, 0, 0]
+
+
 @pytest.mark.threat("AGG-6")
 def test_a_handle_that_is_revoked_or_spent_ends_what_it_is_joined_to(cast: Cast) -> None:
     survey, register = cast.handle("a/b"), cast.handle("c/d")
-    RAN.append(lambda: cast.realm.tell("revoke", Revoke(register.id)))
+    RAN.append(lambda *views: cast.realm.tell("revoke", Revoke(register.id)))
     assert cast.code(survey, register) == "revoked"  # while it ran
     RAN.clear()
-    RAN.append(lambda: pytest.fail("it ran"))
+    RAN.append(lambda *views: pytest.fail("it ran"))
     assert cast.code(survey, register) == "revoked"
     assert cast.code(survey, cast.handle("c/d", uses=0)) == "budget_exhausted"
     assert cast.code(cast.handle("a/b", uses=0), cast.handle("c/d")) == "budget_exhausted"

@@ -228,10 +228,10 @@ class Scope:
         Traceback (most recent call last):
         isolate.errors.CapabilityRefused: this handle has limits that are not enforced here: minimum_group
         """
-        missing = sorted(name for name in _LIMITS if getattr(self, name) is not None and name not in enforced)
-        if missing:
+        if missing := [name for name in _LIMITS if name not in enforced and getattr(self, name) is not None]:
             raise CapabilityRefused(
-                f"this handle has limits that are not enforced here: {', '.join(missing)}", code="not_enforced"
+                f"this handle has limits that are not enforced here: {', '.join(sorted(missing))}",
+                code="not_enforced",
             )
 
     def is_within(self, other: Scope) -> bool:

@@ -23,7 +23,6 @@ leave tells them apart: a refusal comes sooner. Spec: docs/spec/operations.md.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import struct
@@ -265,22 +264,24 @@ class Server:
         if use.operation.seeded:
             with derive(self._seeds, Label.OPERATION_SEED, use.invocation.id, use.operation.digest) as seed:
                 given["seed"] = bytes(seed.expose())
-        with contextlib.ExitStack() as lending:
-            view = lending.enter_context(self._view.lent())
+        lent = [self._view.lent()]
+        try:
+            decoded = dict(use.decoded)
             # Only now, when the use is paid for: opening one costs the service a release.
-            opened = {
-                name: self._derived.view(use.decoded[name], use.invocation.token)
-                for name in _derived_inputs(use.operation)
-            }
+            for name in _derived_inputs(use.operation):
+                decoded[name] = self._derived.view(decoded[name], use.invocation.token)
             # Of a derived or joined asset too the operation gets a view for this invocation only.
-            decoded = {
-                name: lending.enter_context(value.lent()) if isinstance(value, View) else value
-                for name, value in (use.decoded | opened).items()
-            }
-            result = use.operation.run(view, decoded, **given)
+            for name, value in decoded.items():
+                if isinstance(value, View):
+                    decoded[name] = value.lent()
+                    lent.append(decoded[name])
+            result = use.operation.run(lent[0], decoded, **given)
             if isinstance(use.operation.output, Derived):
                 return self._derived.seal(use.invocation, result)
             return result
+        finally:
+            for view in lent:
+                view.close()
 
 
 def _derived_inputs(operation: Operation) -> list[str]:
