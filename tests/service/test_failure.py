@@ -290,6 +290,7 @@ def test_a_slow_disk_keeps_no_queue_that_grows(realm: Any, monkeypatch: pytest.M
 
 
 @pytest.mark.threat("SVC-70")
+@pytest.mark.slow
 def test_a_restored_service_is_recovered_on_the_command_line(
     shop: Shop, tmp_path: Path, serving: Callable[..., Any]
 ) -> None:
