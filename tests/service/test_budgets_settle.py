@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 from attrs import evolve
 
+from isolate import sealed
 from isolate.capability.scope import Scope
-from isolate.crypto import merkle
+from isolate.crypto import cbor, merkle
 from isolate.crypto.signing import SigningKey
 from isolate.errors import IsolateError, LogRefused
+from isolate.messages.attest import Registered
+from isolate.messages.derive import DeriveRequest, derived_name
 from isolate.messages.invoke import Budget, Receipt, SettleRequest
 from isolate.messages.owner import ExplainRequest, Explanation, LogAnswer, LogRequest, Revoke
 from isolate.messages.receipts import verify_receipt
 from isolate.service.explain import CHECKS
 from isolate.service.head import Head
-from isolate.transparency.checkpoint import Checkpoint
+from isolate.transparency.checkpoint import Checkpoint, sign_checkpoint
 from isolate.transparency.proof import InclusionProof
 
 
@@ -194,10 +197,33 @@ def test_a_receipt_is_found_in_the_log(realm: Any, till: Any, holder: SigningKey
         (receipt.sign(SigningKey.generate()), entry, proof),
         # Of a use that was reserved only.
         (_moved(receipt, *before).sign(realm.state.release_key), *before),
+        # Written down after it was said to be.
+        (evolve(receipt, time=receipt.time - 1).sign(realm.state.release_key), entry, proof),
     ]
     for one, public, path in wrong:
         with pytest.raises(LogRefused):
             verify_receipt(one, certificate.release_key, public, path, checkpoint)
+
+
+@pytest.mark.threat("BUD-4")
+def test_a_receipt_of_what_is_no_entry(realm: Any, till: Any, holder: SigningKey) -> None:
+    receipt, key = till.send(realm.use(realm.grant(holder), holder)), SigningKey.generate()
+    good = {"kind": "settled", "time": receipt.time, "commitment": bytes(32)}
+    entries = [
+        b"",
+        b"\x00",
+        cbor.encode([good]),
+        cbor.encode({"kind": "settled"}),
+        cbor.encode(good | {"time": ""}),
+    ]
+    for entry in (*entries, cbor.encode(good | {"kind": "use"}), cbor.encode(good)):
+        store = merkle.MemoryStore()
+        note = sign_checkpoint(key, "log", 1, merkle.append(store, 0, entry))
+        checkpoint, proof = Checkpoint.verify(note, "log", key.verifying_key.ed25519), InclusionProof(0, 1, ())
+        said = evolve(receipt, log_index=0, leaf=merkle.leaf_hash(entry)).sign(key)
+        attempt = lambda *what: realm.code(lambda: verify_receipt(*what))  # noqa: E731
+        refused = attempt(said, key.verifying_key, entry, proof, checkpoint)
+        assert refused == ("" if entry == cbor.encode(good) else "log_refused")
 
 
 def test_a_receipt_is_for_what_was_settled(realm: Any, till: Any, holder: SigningKey) -> None:
@@ -261,3 +287,17 @@ def test_each_check_of_reserve_and_settle_is_explained_by_its_number(
         assert (found.route, found.code) == (route, refused.value.code)
         failed = [(one["number"], one["name"]) for one in found.checks if one["passed"] is False]
         assert failed == [(number, CHECKS[route][number - 1])]
+
+
+@pytest.mark.threat("ENC-39")
+def test_a_use_makes_one_derived_asset(realm: Any, till: Any, holder: SigningKey) -> None:
+    number = till.reserve(realm.use(realm.grant(holder), holder)).invocation
+    name = derived_name("a/b", number)
+
+    def derive(epoch: int) -> str:
+        facts = sealed.public_facts(realm.seal(name, epoch=epoch, sign=till.enclave._signing))
+        asked = DeriveRequest(number, name, facts.header, facts.directory)
+        return str(realm.code(lambda: realm.ask("derive", realm.signed_by(till.enclave, asked), Registered)))
+
+    assert [derive(epoch) for epoch in (1, 1, 2)] == ["", "rolled_back", "rolled_back"]
+    assert len(realm.entries("derive")) == 1

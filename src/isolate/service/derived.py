@@ -9,7 +9,7 @@ checks 1 to 6 of the broker, and then:
 2. no handle of the invocation's chain is revoked;
 3. the rule of the asset that it was made of names the caller among the readers;
 4. the new asset has the name that follows from that asset and the invocation;
-5. the file was sealed by the caller under that name, and the service can open it.
+5. the file was sealed by the caller under that name, the service can open it, and it is the only one of that use.
 
 Its keys are released like those of the asset it was made of, as long as no handle of that chain is revoked.
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 import sqlite3
 from typing import TYPE_CHECKING
 
-from isolate.errors import CapabilityRefused, UnauthenticatedOrigin
+from isolate.errors import CapabilityRefused, RolledBack, UnauthenticatedOrigin
 from isolate.messages.attest import Registered, RegisterRequest
 from isolate.messages.derive import DeriveRequest, derived_name
 from isolate.service import accounts
@@ -69,6 +69,8 @@ class Derived:
         self._broker.allow(database, parent, caller.result.measurement, "readers")  # 3
         if asked.asset != derived_name(parent, asked.invocation):  # 4
             raise UnauthenticatedOrigin("this is not what the invocation's asset is called", hint="")
+        if database.execute("SELECT 1 FROM derived WHERE asset = ?", (asked.asset,)).fetchone():
+            raise RolledBack("this use has made its asset already")
         registration = RegisterRequest(asked.asset, asked.header, asked.directory)
         registered = self._broker.register(registration, signer=caller.signing_key, measurement=None)  # 5
         database.execute("INSERT INTO derived VALUES (?, ?, ?)", (asked.asset, parent, handles))
