@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,9 @@ from isolate.crypto.secret import Secret
 from isolate.crypto.signing import SigningKey
 from isolate.enclave.operations import Integer, Label, operation
 from isolate.enclave.runtime import Server
+from isolate.errors import ServiceUnavailable
 from isolate.messages.base import Answer, Signed
-from isolate.messages.invoke import Invoke, Reply
+from isolate.messages.invoke import Invoke, Reply, ReserveRequest
 from isolate.messages.lease import Lease, LeaseRequest
 from isolate.messages.owner import Revoke
 
@@ -236,3 +239,56 @@ def test_an_impostors_lease_pays_for_nothing(realm: Any, server: Server, asked: 
     realm.courier = realm.serve
     assert client.ask(server, echo, number=1) == 1
     assert asked() == ["lease"] * 5 + ["settle"]
+
+
+@pytest.mark.threat("BUD-11")
+def test_many_threads_spend_a_lease_no_further_than_one(realm: Any, server: Server, monkeypatch: Any) -> None:
+    leases, key = server._leases, (b"h" * 32, "echo", 256)
+    answer = Lease(b"n" * 32, 9, 256, realm.clock() + 60, 1, realm.clock())
+    asked: list[Any] = []
+
+    def lease(request: Any, number: bytes) -> Lease:
+        asked.append(request)
+        threading.Event().wait(0.05)  # long enough that the others come meanwhile
+        return answer
+
+    def now() -> int:
+        threading.Event().wait(0.001)  # between a look at what is left and taking of it
+        return int(realm.clock())
+
+    monkeypatch.setattr(server._workload, "lease", lease)
+    monkeypatch.setattr(server._workload, "now", now)
+    request = ReserveRequest(b"t", b"i", bytes(32), bytes(32), 256)
+
+    def each(work: Any) -> list[Any]:
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(lambda _: work(), range(24)))
+
+    # Of those who came while one was asked for, nobody asks for another, and nobody waits for it.
+    assert each(lambda: leases.open(key, request, b"n" * 32, 9)).count(True) == len(asked) >= 1
+    leases._held.clear()
+    asked.clear()
+    assert leases.open(key, request, b"n" * 32, 9)
+    assert sum(one is not None for one in each(lambda: leases.take(key))) == 8
+
+
+def test_a_lease_that_was_asked_for_too_long_ago_takes_none_from_others(
+    realm: Any, server: Server, monkeypatch: Any
+) -> None:
+    """The first asker gives up after a minute; by then another has asked, and has a lease."""
+    leases, key = server._leases, (b"h" * 32, "echo", 256)
+    request = ReserveRequest(b"t", b"i", bytes(32), bytes(32), 256)
+
+    def in_time(*_: Any) -> Lease:
+        return Lease(b"n" * 32, 9, 256, realm.clock() + 60, 1, realm.clock())
+
+    def too_late(*_: Any) -> Lease:
+        realm.clock.now += 60
+        monkeypatch.setattr(server._workload, "lease", in_time)
+        assert leases.open(key if other is None else other, request, b"m" * 32, 9)
+        raise ServiceUnavailable("no answer")
+
+    for other in (None, (b"o" * 32, "echo", 256)):
+        monkeypatch.setattr(server._workload, "lease", too_late)
+        assert realm.code(lambda: leases.open(key, request, b"n" * 32, 9)) == "service_unavailable"
+        assert leases.take(other or key) is not None

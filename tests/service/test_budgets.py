@@ -117,7 +117,10 @@ def test_check_6_uses_and_bytes_are_spent(realm: Any, till: Any, holder: Signing
     token = realm.grant(holder, bytes_out=600)
     assert [till.use(token, holder) for _ in range(3)] == ["", "", "budget_exhausted"]
     assert till.left(token, holder) == Budget(None, 88)
-    assert till.use(token, holder, bytes_out=88) == ""
+    # To the byte.
+    assert [till.use(token, holder, bytes_out=size) for size in (89, 88, 1, 0)] == [
+        "budget_exhausted", "", "budget_exhausted", "",
+    ]  # fmt: skip
 
 
 @pytest.mark.threat("SVC-20")

@@ -54,6 +54,27 @@ def test_sybil_delegation_against_the_cap_of_a_holder(realm: Any, till: Any, hol
 
 
 @pytest.mark.threat("BUD-6")
+def test_who_is_given_handles_by_several_has_one_cap(realm: Any, till: Any, holder: SigningKey) -> None:
+    limit(realm, holder_uses=3)
+    other, friend = SigningKey.generate(), SigningKey.generate()
+    given = [
+        realm.grant(one).attenuate(one, Scope(), friend.verifying_key.ed25519) for one in (holder, other, holder)
+    ]
+    assert [till.use(one, friend) for one in (*given, given[0])] == ["", "", "", "budget_exhausted"]
+    # Of three handles one was the other's: he has two uses left, and the first one has spent two.
+    assert [till.left(realm.grant(one), one).uses for one in (holder, other)] == [1, 2]
+
+
+def test_each_asset_has_accounts_of_its_own(realm: Any, till: Any, holder: SigningKey) -> None:
+    realm.asset("c/d")
+    limit(realm, uses=2, holder_uses=2)
+    realm.tell("limits", AssetLimits("c/d", 1, None, 1, None))
+    one, other = realm.grant(holder), realm.grant(holder, asset="c/d")
+    assert [till.use(one, holder), till.use(other, holder), till.use(one, holder)] == ["", "", ""]
+    assert [till.use(token, holder) for token in (one, other)] == ["budget_exhausted"] * 2
+
+
+@pytest.mark.threat("BUD-6")
 def test_bytes_of_holder_and_asset_are_capped_too(realm: Any, till: Any, holder: SigningKey) -> None:
     limit(realm, bytes_out=1000, holder_bytes=600)
     token, stranger = realm.grant(holder), SigningKey.generate()

@@ -65,7 +65,7 @@ class Leases:
             self._held = {one: held for one, held in self._held.items() if self.good(held.expires)}
             if key in self._held and self._held[key].waiting:
                 return False
-            self._held[key] = _Held(0, self._workload.now() + MAX_LEASE, waiting=True)
+            asking = self._held[key] = _Held(0, self._workload.now() + MAX_LEASE, waiting=True)
         asked = LeaseRequest(
             request.token, request.invocation, request.channel_binding, request.argument_hash,
             request.bytes_out, min(uses, MAX_LEASED),
@@ -76,7 +76,9 @@ class Leases:
             return False
         except BaseException:
             with self._lock:
-                del self._held[key]
+                # Where the service took longer than we wait, what is there now is another's.
+                if self._held.get(key) is asking:
+                    del self._held[key]
             raise
         with self._lock:
             self._held[key] = _Held(lease.uses - 1, lease.expires)
