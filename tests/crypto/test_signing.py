@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import os
@@ -112,6 +113,31 @@ def test_what_libsodium_signs_with_is_wiped_with_its_key() -> None:
     assert memory[32:] == key.verifying_key.ed25519 and any(memory[:32])
     del key
     assert not any(memory[:])
+
+
+def test_a_key_that_fails_half_way_is_wiped_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert signing.SODIUM is not None
+    made: list[Any] = []
+    whole = signing._sodium_key
+
+    def remembered(seed: Secret, public: bytes) -> Any:
+        made.append(whole(seed, public))
+        assert any(signing.SODIUM[0].buffer(made[0])[:32])  # type: ignore[index]
+        return made[0]
+
+    def fails(*_: object) -> VerifyingKey:
+        raise KeyFormatError("no")
+
+    monkeypatch.setattr(signing, "_sodium_key", remembered)
+    monkeypatch.setattr(signing, "VerifyingKey", fails)
+    with contextlib.suppress(KeyFormatError):
+        SigningKey(Secret(SEED))
+    assert not any(signing.SODIUM[0].buffer(made[0])[:])
+    # One that never had such a memory ends quietly: a complaint from __del__ would fail this test.
+    wiped = Secret(SEED)
+    wiped.wipe()
+    with pytest.raises(UsageError, match="wiped"):
+        SigningKey(wiped)
 
 
 def test_signing_keys_are_derived_from_the_seed() -> None:
@@ -301,11 +327,32 @@ def test_a_signing_key_is_not_shown_copied_or_pickled() -> None:
     for text in (repr(KEY), str(KEY), f"{KEY}"):
         assert SEED.hex() not in text
         assert "isolate-verify-" in text
-    for leak in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(UsageError):
-            leak(KEY)
     with pytest.raises(TypeError):
         vars(KEY)
+
+
+COPIES: list[Callable[[Any], Any]] = [
+    copy.copy,
+    copy.deepcopy,
+    lambda key: copy.deepcopy([key]),
+    *(lambda key, protocol=protocol: pickle.dumps(key, protocol) for protocol in range(6)),
+    *(lambda key, protocol=protocol: object.__reduce_ex__(key, protocol) for protocol in range(6)),
+    *(lambda key, name=name: getattr(key, name)() for name in ("__reduce__", "__getstate__", "__replace__")),
+]
+
+
+@pytest.mark.threat("KEY-8")
+@pytest.mark.parametrize("copied", COPIES, ids=range(len(COPIES)))
+def test_no_second_object_gets_the_memory_of_a_signing_key(copied: Callable[[Any], Any]) -> None:
+    """The first one wipes it in its end, and the second would go on signing, with a key of zeros."""
+    with pytest.raises(UsageError, match="a signing key is not copied"):
+        copied(KEY)
+
+
+@pytest.mark.parametrize("size", [0, 31, 33, 64])
+def test_a_seed_of_another_size_makes_no_key(size: int) -> None:
+    with pytest.raises(UsageError, match="32 bytes"):
+        SigningKey(Secret(bytes(size)))
 
 
 def test_key_file_round_trip(tmp_path: Path) -> None:
@@ -345,8 +392,11 @@ def test_key_files_that_hold_no_key(tmp_path: Path) -> None:
             SigningKey.load(path)
     with pytest.raises(StorageError):
         SigningKey.load(tmp_path / "missing.key")
-    with pytest.raises(StorageError):
-        SigningKey.load(tmp_path)
+    for path in (tmp_path, "a\0b", "/\ud800"):
+        with pytest.raises(StorageError):
+            SigningKey.load(path)
+        with pytest.raises(StorageError):
+            KEY.save(path)
     with pytest.raises(StorageError):
         write_key_file(tmp_path / "no" / "such.key", "comment", "line")
     with pytest.raises(KeyFormatError):

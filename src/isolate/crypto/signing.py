@@ -21,7 +21,7 @@ import os
 import secrets
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import nacl.bindings
 import nacl.exceptions
@@ -35,6 +35,7 @@ from isolate.crypto.kdf import Label, derive
 from isolate.crypto.secret import Secret
 from isolate.errors import KeyFormatError, StorageError, UsageError
 
+SEED_SIZE = 32
 ED25519_SIGNATURE = 64
 MLDSA65_PUBLIC = 1952
 MLDSA65_SIGNATURE = 3309
@@ -188,6 +189,8 @@ def write_key_file(path: str | os.PathLike[str], comment: str, line: str) -> Non
         raise StorageError(f"{os.fspath(path)} exists already", hint="choose another name") from None
     except OSError as error:
         raise StorageError(f"cannot write {os.fspath(path)}: {error.strerror}") from None
+    except ValueError:
+        raise StorageError("cannot write the key file: no file can have this name") from None
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(text)
@@ -205,6 +208,8 @@ def read_key_file(path: str | os.PathLike[str], what: str) -> str:
             raw = file.read(MAX_KEY_FILE)
     except OSError as error:
         raise StorageError(f"cannot read {os.fspath(path)}: {error.strerror}") from None
+    except ValueError:
+        raise StorageError("cannot read the key file: no file can have this name") from None
     lines = [line.strip() for line in raw.decode("ascii", errors="replace").splitlines()]
     keys = [line for line in lines if line and not line.startswith("#")]
     if len(keys) != 1:
@@ -287,11 +292,16 @@ def _sodium_key(seed: Secret, public: bytes) -> Any:
 
 
 class SigningKey:
-    """The private half: one seed of 32 bytes, from which both keys are derived."""
+    """The private half: one seed of 32 bytes, from which both keys are derived.
+
+    Raises UsageError for another size, a copy or a pickle.
+    """
 
     __slots__ = ("_ed25519", "_mldsa65", "_seed", "_sodium", "verifying_key")
 
     def __init__(self, seed: Secret) -> None:
+        if len(seed) != SEED_SIZE:
+            raise UsageError(f"a signing key is made of {SEED_SIZE} bytes, not {len(seed)}")
         self._seed = seed
         with derive(seed, Label.SIGNING_ED25519) as classical, derive(seed, Label.SIGNING_MLDSA65) as lattice:
             self._ed25519 = Ed25519PrivateKey.from_private_bytes(classical.expose())
@@ -365,5 +375,9 @@ class SigningKey:
     def __repr__(self) -> str:
         return f"SigningKey({self.verifying_key})"
 
-    def __reduce_ex__(self, protocol: object) -> str | tuple[object, ...]:
-        return self._seed.__reduce_ex__(protocol)
+    def _refuse(self, *_: object) -> NoReturn:
+        raise UsageError("a signing key is not copied or pickled", hint="open its file again")
+
+    # A second object with the same memory would go on signing after the first had wiped it. __reduce_ex__ is
+    # object's, which asks these.
+    __copy__ = __deepcopy__ = __reduce__ = __getstate__ = __replace__ = _refuse
