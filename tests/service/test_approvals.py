@@ -286,6 +286,26 @@ def test_the_export_is_in_the_log_before_the_keys_leave(named: Office) -> None:
     assert named.code(given) == ""
 
 
+@pytest.mark.threat("EXP-4")
+def test_an_approvers_word_that_is_used_for_another_thing_leaves_a_trace(named: Office) -> None:
+    first, second, _ = named.people
+    stolen, other = named.approve(first), Identity.generate().recipient.raw
+    stranger, forged = named.approve(SigningKey.generate()), evolve(named.approve(second), signature=bytes(64))
+    for given in ([stranger], [forged], [stranger, forged]):
+        assert named.code(given, destination=other) == "approval_mismatch"
+    assert not named.realm.entries("export refused")  # names alone are nobody's word
+    assert named.code([stolen, forged], destination=other) == "approval_mismatch"
+    assert named.code([stolen, forged]) == "bad_signature"
+    for entry, code, destination in zip(
+        named.realm.entries("export refused"),
+        ("approval_mismatch", "bad_signature"),
+        (other, named.archive.recipient.raw),
+        strict=True,
+    ):
+        assert (entry["code"], entry["destination"]) == (code, destination)
+        assert entry["approvers"] == named.keys([first])
+
+
 @pytest.mark.threat("EXP-5")
 def test_the_root_key_alone_does_not_name_other_approvers(named: Office) -> None:
     first, second, third = named.people

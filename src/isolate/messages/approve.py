@@ -190,13 +190,17 @@ class Approval(_Line):
         )  # fmt: skip
         return evolve(made, signature=signer.sign(Purpose.APPROVAL, made._signed()))
 
+    def verifies(self) -> bool:
+        """Whether its key signed it."""
+        return VerifyingKey.from_bytes(self.key).verify(Purpose.APPROVAL, self._signed(), self.signature)
+
     def check(self, wish: Wish) -> None:
         """Raises RefusedError unless it is for this, and its key signed it. Whose key, the service knows."""
         if self.wish != wish:
             raise RefusedError(
                 "this approval is for another asset, file, destination, reason or service", code="approval_mismatch"
             )
-        if not VerifyingKey.from_bytes(self.key).verify(Purpose.APPROVAL, self._signed(), self.signature):
+        if not self.verifies():
             raise RefusedError("the signature of this approval does not verify", code="bad_signature")
 
 
