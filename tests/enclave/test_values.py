@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from typing import Any
 
@@ -106,6 +107,41 @@ def test_good_results_leave_in_their_closed_form() -> None:
         assert type(output.check(Loud("yes"))) is str  # type: ignore[attr-defined]
 
 
+class Shout(enum.StrEnum):
+    """To ``str`` and ``int`` it is another value than to a comparison."""
+
+    YES = "yes"
+
+    def __str__(self) -> str:
+        return "\x1b[2J" + "canary" * 20
+
+
+class Large(int):
+    def __int__(self) -> int:
+        return 2**62
+
+
+@pytest.mark.threat("ENC-9")
+def test_what_was_checked_is_what_leaves() -> None:
+    assert (Text(1).check(Shout.YES), Choice(("yes",)).check(Shout.YES)) == ("yes", "yes")
+    with pytest.raises(OutputRefused):
+        Label(10).check(Large(3))
+    assert Scalar(0, 9, 9).check(Large(3)) == 9
+
+
+def test_no_step_is_beyond_the_last() -> None:
+    """Where a double is not the bound itself any more, the quotient can be above 1: such bounds are refused."""
+    for low, high in ((-(2**53), 2**53), (-(2**53) + 1, 2**53), (-1, 2**53), (2**53 - 1, 2**53)):
+        for steps in (2**53, 2**53 - 1, 3):
+            number = Scalar(low, high, steps)
+            assert [number.check(value) for value in (low, float(low), high, float(high))] == [0, 0, steps, steps]
+            assert bits(number.check(10**400) + 1) <= number.sizes()[0]
+    mean = Mean(-1, 2**31 - 1, 2**53)
+    many = np.full(2**22 + 1, 2.0**31 - 1)
+    assert many.mean() > 2**31 - 1  # why it is clipped after too
+    assert mean.of(many, np.ones(len(many), int)) == mean.longest()
+
+
 def test_arguments_of_each_type() -> None:
     good: list[tuple[Any, Any, Any]] = [
         (Choice(("yes", "no")), "no", "no"), (Text(2), "12345678", "12345678"), (Text(2), "\x00", "\x00"),
@@ -130,7 +166,8 @@ def test_types_that_are_none() -> None:
     for attempt in (
         lambda: Choice(()), lambda: Choice(("a", "a")), lambda: Choice((1,)), lambda: Text(0), lambda: Text(2**20),  # type: ignore[arg-type]
         lambda: Vector(0, 0, 1, 1), lambda: Vector(2**20, 0, 1, 1), lambda: Vector(1, 1, 1, 1),
-        lambda: Scalar(0, 1, 2**60), lambda: size_of(Vector(65536, 0, 1, 2**53)) and size_of(Text(2**18)),
+        lambda: Scalar(0, 1, 2**60), lambda: Scalar(0, 2**53 + 1, 1), lambda: Vector(1, -(2**53) - 1, 0, 1),
+        lambda: size_of(Vector(65536, 0, 1, 2**53)) and size_of(Choice(("x" * 2**20,))),
     ):  # fmt: skip
         with pytest.raises(UsageError):
             attempt()

@@ -28,6 +28,7 @@ from isolate.errors import CapabilityRefused, OutputRefused, UsageError
 
 MAX_ELEMENTS = 16 * 1024 * 1024
 MAX_STEPS = 2**53  # what a double tells apart
+MAX_BOUND = 2**53  # of a number: beyond, a double is not its own, and a step could be one too many
 MAX_VALUES = 65536  # numbers in one vector: more is a tensor, and no result
 MAX_TOKENS = 65536
 TOKEN = 4  # bytes of UTF-8 that count as one token of text, whatever a tokenizer would say
@@ -168,25 +169,30 @@ class Label:
         return (self.count,)
 
     def check(self, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < self.count:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise refused()
-        return int(value)
+        number = int(value)
+        if not 0 <= number < self.count:
+            raise refused()
+        return number
 
     def longest(self) -> int:
         return self.count - 1
 
 
 def _step(value: Any, low: int, high: int, steps: int) -> int:
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not number or (not isinstance(value, int) and not math.isfinite(value)):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise refused()
-    part = (float(min(max(value, low), high)) - low) / (high - low)
+    number = int(value) if isinstance(value, int | np.integer) else float(value)
+    if isinstance(number, float) and not math.isfinite(number):
+        raise refused()
+    part = (float(min(max(number, low), high)) - low) / (high - low)
     return round(part * steps)
 
 
 def _check_steps(low: int, high: int, steps: int) -> None:
-    if low >= high or not 1 <= steps <= MAX_STEPS:
-        raise UsageError(f"a number goes from low to high, in 1 to {MAX_STEPS} steps")
+    if not -MAX_BOUND <= low < high <= MAX_BOUND or not 1 <= steps <= MAX_STEPS:
+        raise UsageError(f"a number goes from low to high, within +-2**53, in 1 to {MAX_STEPS} steps")
 
 
 @frozen
@@ -294,11 +300,13 @@ class Text:
         return value
 
     def check(self, value: Any) -> str:
-        if not isinstance(value, str) or not self._fits(value):
+        if not isinstance(value, str):
             raise refused()
-        if any(unicodedata.category(one)[0] == "C" and one != "\n" for one in value):
+        # What is checked is what leaves: a text of an enumeration, say, is another one to str().
+        text = str.__str__(value)
+        if not self._fits(text) or any(unicodedata.category(one)[0] == "C" and one != "\n" for one in text):
             raise refused()
-        return str(value)
+        return text
 
     def longest(self) -> str:
         return "x" * (TOKEN * self.tokens)
