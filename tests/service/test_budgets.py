@@ -208,6 +208,26 @@ def test_refused_uses_grow_the_log_with_their_logarithm_only(realm: Any, till: A
     assert [(one["count"], one["code"]) for one in found] == [(n, "budget_exhausted") for n in (1, 2, 4, 8)]
 
 
+@pytest.mark.threat("SVC-6")
+def test_refused_settlements_grow_the_log_with_their_logarithm_only(
+    realm: Any, till: Any, holder: SigningKey
+) -> None:
+    token = realm.grant(holder)
+    narrowed = [token.attenuate(holder, Scope()) for _ in range(5)]
+    numbers = [till.reserve(realm.use(one, holder)).invocation for one in narrowed]
+    realm.tell("revoke", Revoke(token.id))
+    assert {realm.code(lambda one=one: till.settle(one)) for one in numbers} == {"revoked"}
+    assert [one["count"] for one in realm.entries("settle refused")] == [1, 2, 4]
+
+
+def test_revocations_are_numbered_and_say_what_came_first(realm: Any, till: Any, holder: SigningKey) -> None:
+    token, other = realm.grant(holder), realm.grant(holder)
+    before = till.send(realm.use(token, holder))
+    done = [realm.tell("revoke", Revoke(one.id)) for one in (token, other, token)]
+    assert [one["number"] for one in realm.entries("revoke")] == [1, 2, 2]  # the same one again is no new one
+    assert before.log_index < done[0].log_index < done[1].log_index < done[2].log_index
+
+
 def test_a_budget_is_told_to_its_holder_only(realm: Any, till: Any, holder: SigningKey) -> None:
     token, rows = realm.grant(holder, uses=7), realm.rows()
     assert realm.code(lambda: till.left(token, SigningKey.generate())) == "holder_refused"
