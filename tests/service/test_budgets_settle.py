@@ -301,3 +301,25 @@ def test_a_use_makes_one_derived_asset(realm: Any, till: Any, holder: SigningKey
 
     assert [derive(epoch) for epoch in (1, 1, 2)] == ["", "rolled_back", "rolled_back"]
     assert len(realm.entries("derive")) == 1
+
+
+@pytest.mark.threat("ENC-36")
+def test_a_rule_for_a_derived_asset_takes_the_place_of_the_first_and_revives_nothing(
+    realm: Any, till: Any, holder: SigningKey
+) -> None:
+    token, other = realm.grant(holder), realm.enclave("other", rank=5)
+    number = till.reserve(realm.use(token, holder)).invocation
+    name = derived_name("a/b", number)
+    facts = sealed.public_facts(realm.seal(name, sign=till.enclave._signing))
+    asked = DeriveRequest(number, name, facts.header, facts.directory)
+    realm.ask("derive", realm.signed_by(till.enclave, asked), Registered)
+
+    def codes() -> list[str]:
+        return [realm.code(lambda one=one: one.unlock(facts)) for one in (till.enclave, other)]
+
+    assert codes() == ["", "rule_denied"]
+    realm.rule(name, readers=("other",))
+    assert codes() == ["rule_denied", ""]
+    realm.tell("revoke", Revoke(token.id))
+    realm.rule(name, readers=("reader", "other"))
+    assert codes() == ["revoked", "revoked"]
