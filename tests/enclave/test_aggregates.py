@@ -43,6 +43,14 @@ def test_a_group_below_the_minimum_is_as_absent_as_an_empty_one(few: int) -> Non
     assert len(fit("", full, "00" * 8, size)) == size
 
 
+@pytest.mark.threat("AGG-1")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e308])
+def test_a_value_that_is_no_number_does_not_tell_a_small_group_from_an_empty_one(value: float) -> None:
+    measures = {"people": Count(), "age": Mean(0, 100, 1000)}
+    absent, present = (table(**measures).check(rows(*FOUR, *more)) for more in ((), ((100, 1, value),)))
+    assert absent == present == [[4, 500], None, None]
+
+
 @pytest.mark.threat("AGG-2")
 def test_one_person_with_many_rows_is_one_person() -> None:
     many = tuple((7, 1, 90.0) for _ in range(50))
@@ -88,9 +96,9 @@ def test_the_greatest_minimum_holds() -> None:
 @pytest.mark.parametrize(
     "odd",
     [
-        None, {"a": 1}, [[1, 2]], rows((1, 3, 1.0)), rows((1, -1, 1.0)), rows((1, 0, float("nan"))),
-        rows((1, 0, float("inf"))), rows(*FOUR, measure="income"), Rows(np.zeros(2, int), np.zeros(3, int), {}),
-        Rows(np.zeros(2), np.zeros(2, int), {"age": np.zeros(2)}), Rows([1], [0], {"age": [1.0]}),  # type: ignore[arg-type]
+        None, {"a": 1}, [[1, 2]], rows((1, 3, 1.0)), rows((1, -1, 1.0)), rows(*FOUR, (1, 0, float("nan"))),
+        rows(*FOUR, (9, 0, float("inf"))), rows(*FOUR, measure="income"),
+        Rows(np.zeros(2, int), np.zeros(3, int), {}), Rows(np.zeros(2), np.zeros(2, int), {"age": np.zeros(2)}), Rows([1], [0], {"age": [1.0]}),  # type: ignore[arg-type]
         Rows(np.zeros(2, int), np.zeros(2, int), {"age": np.array(["x", "y"])}),
         Rows(np.zeros((2, 1), int), np.zeros(2, int), {"age": np.zeros(2)}),
     ],

@@ -216,6 +216,9 @@ class Aggregates:
         row = []
         for name, measure in self.measures.items():
             weights = values[name][chosen] if name in values else None
+            # Only here: what is no number in a group that is not shown must not be told from nobody.
+            if weights is not None and np.isnan(weights).any():
+                raise refused()
             totals = rows if weights is None else np.bincount(place, weights=weights, minlength=len(found))
             row.append(measure.of(totals, rows))  # 3, 4
         return row
@@ -243,6 +246,4 @@ def _numbers(column: Any) -> np.ndarray[Any, Any]:
     if not isinstance(column, np.ndarray) or column.ndim != 1 or column.dtype.kind not in "iuf":
         raise refused()
     numbers = column.astype(np.float64)
-    if not np.isfinite(numbers).all():
-        raise refused()
-    return np.clip(numbers, -MAX_VALUE, MAX_VALUE)
+    return np.where(np.isfinite(numbers), np.clip(numbers, -MAX_VALUE, MAX_VALUE), np.nan)
