@@ -154,6 +154,10 @@ BAD_VALUES: list[dict[str, Any]] = [
     {"operations": {"classify": bytes(31)}},
     {"operations": {"classify": "x" * 32}},
     {"operations": [DIGEST]},
+    {"operations": {1: DIGEST}},
+    {"operations": {"classify": DIGEST + b"x"}},
+    {"operations": {"c" * 65: DIGEST}},
+    {"operations": {"classify\n": DIGEST}},
     {"uses": -1},
     {"uses": 2**63},
     {"uses": True},
@@ -169,15 +173,33 @@ BAD_VALUES: list[dict[str, Any]] = [
     {"outputs": {"label": [-1]}},
     {"outputs": {"vector": [1]}},
     {"outputs": {"label": 1}},
+    {"outputs": {"label": [2**63]}},
+    {"outputs": {1: []}},
+    {"outputs": {"handle": [0]}},
+    {"rates": {60: 2**63}},
+    {"rates": {-1: 1}},
+    {"rates": []},
     {"parameters": {"score": {"top": [2, 1]}}},
     {"parameters": {"score": {"top": [1, 1]}}},
     {"parameters": {"score": {"top": [True]}}},
     {"parameters": {"score": {"top": [[1]]}}},
+    {"parameters": {"score": {"top": [2**63]}}},
+    {"parameters": {"score": {"top": [-(2**63)]}}},
+    {"parameters": {"score": {"top": [b"x"]}}},
+    {"parameters": {"score": {"top": 1}}},
+    {"parameters": {"score": {"top": "ab"}}},
+    {"parameters": {"score": {"top": {"least": 0, "most": 2**63}}}},
+    {"parameters": {"score": {"top": {"least": -(2**63), "most": 0}}}},
+    {"parameters": {"score": {"top": {"least": 0, "most": True}}}},
     {"parameters": {"score": {"top": {"least": 2, "most": 1}}}},
     {"parameters": {"score": {"top": {"least": 1}}}},
     {"parameters": {"score": {"top": {"least": 1, "most": 2, "step": 1}}}},
     {"parameters": {"score": {"top": {"least": "a", "most": "b"}}}},
     {"parameters": {"score": {"9top": [1]}}},
+    {"parameters": {"score": {"t" * 65: [1]}}},
+    {"parameters": {"score": {1: [1]}}},
+    {"parameters": {1: {}}},
+    {"parameters": []},
     {"parameters": {"score": 1}},
     {"parameters": {"Score": {}}},
     {"loan": 10},
@@ -192,6 +214,35 @@ BAD_VALUES: list[dict[str, Any]] = [
 def test_what_is_unknown_or_malformed_is_refused_when_read(value: dict[str, Any]) -> None:
     with pytest.raises(CapabilityRefused):
         Scope.parse(cbor.encode(value))
+
+
+def test_the_greatest_and_least_of_everything_is_read() -> None:
+    value = {
+        "operations": {"c" * 64: DIGEST, "a": DIGEST},
+        "parameters": {
+            "a": {"P" * 64: {"least": -(2**63) + 1, "most": 2**63 - 1}, "_": [2**63 - 1, -(2**63) + 1, ""]}
+        },
+        "outputs": {"handle": [], "vector": [0, 2**63 - 1]},
+        "rates": {1: 0, 2**63 - 1: 2**63 - 1},
+        **dict.fromkeys(
+            ("uses", "bytes_out", "minimum_group", "not_before", "expires", "depth", "lease"), 2**63 - 1
+        ),
+    }
+    assert Scope.parse(cbor.encode(value)).to_value() == value
+
+
+@pytest.mark.threat("CAP-1")
+def test_what_is_left_where_two_blocks_limit_one_parameter() -> None:
+    def left(one: Any, other: Any) -> Any:
+        both = meet(Scope(parameters={"score": {"top": one}}), Scope(parameters={"score": {"top": other}}))
+        assert both == meet(Scope(parameters={"score": {"top": other}}), Scope(parameters={"score": {"top": one}}))
+        return (both.parameters or {})["score"]["top"]
+
+    assert left(Range(1, 5), Range(3, 9)) == Range(3, 5)
+    assert left(Range(1, 5), Range(5, 9)) == Range(5, 5)
+    assert left(Range(1, 4), Range(5, 9)) == Choices([])
+    assert left(Range(1, 4), Choices([0, 1, 4, 5, "a"])) == Choices([1, 4])
+    assert left(Choices([1, 2, "a"]), Choices([2, "a", "b"])) == Choices([2, "a"])
 
 
 @pytest.mark.parametrize("data", [b"", b"\x80", b"\x00", b"\xa1", bytes(5000), cbor.encode({}) + b"\x00"])
@@ -210,6 +261,12 @@ def test_misuse_is_a_usage_error(arguments: dict[str, Any]) -> None:
         Scope(**arguments)
 
 
+@pytest.mark.parametrize("value", [True, 1.0, b"a", None, [1], 2**63, -(2**63)], ids=repr)
+def test_choices_of_something_else_are_a_usage_error(value: Any) -> None:
+    with pytest.raises(UsageError):
+        Choices([value])
+
+
 def test_a_scope_cannot_be_changed_through_what_it_was_made_of() -> None:
     operations = {"classify": DIGEST}
     scope = Scope(operations=operations)
@@ -219,7 +276,9 @@ def test_a_scope_cannot_be_changed_through_what_it_was_made_of() -> None:
         scope.operations["score"] = DIGEST  # type: ignore[index]
 
 
-@pytest.mark.parametrize(("least", "most"), [(2, 1), ("a", "b"), (True, 2), (0, 2**63), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("least", "most"), [(2, 1), ("a", "b"), (True, 2), (0, True), (0, 1.5), (0, 2**63), (-(2**63), 0), (0.0, 1.0)]
+)
 def test_a_range_is_of_integers_in_order(least: Any, most: Any) -> None:
     with pytest.raises(UsageError):
         Range(least, most)

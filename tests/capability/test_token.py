@@ -267,6 +267,30 @@ def test_validity_is_checked_at_the_given_time_also_from_the_cache(chain: list[A
         assert caught.value.code == "expired"
 
 
+def test_a_grant_of_before_the_service_was_recovered_has_ended(people: Any, now: int) -> None:
+    """Also where the chain was seen in its own epoch: the cache saves signatures, never this."""
+    scope, owner, cache = Scope(operations={"classify": DIGEST}), people.pub(people.owner), ChainCache()
+    token = grant(people.owner, asset="a", scope=scope, holder=people.pub(people.team), epoch=2)
+    narrowed = token.attenuate(people.team, Scope())
+    assert (
+        verify(narrowed, owner, now=now).epoch == verify(narrowed, owner, now=now, epoch=2, cache=cache).epoch == 2
+    )
+    for kept in (None, cache):
+        for epoch in (1, 3):
+            with pytest.raises(CapabilityRefused) as caught:
+                verify(narrowed, owner, now=now, epoch=epoch, cache=kept)
+            assert caught.value.code == "epoch_ended"
+
+
+@pytest.mark.parametrize("epoch", [0, -1, 2**63, True, "1", None], ids=repr)
+def test_an_epoch_that_is_none(people: Any, chain: list[Any], epoch: Any) -> None:
+    with pytest.raises(CapabilityRefused):
+        grant(people.owner, asset="a", scope=Scope(operations={}), holder=people.pub(people.team), epoch=epoch)
+    block = cbor.encode(cbor.decode(chain[0].blocks[0]) | {"epoch": epoch})
+    with pytest.raises(CapabilityRefused):
+        Token((block,), (bytes(64),))
+
+
 @pytest.mark.threat("CAP-10")
 def test_the_cache_answers_for_the_very_bytes_and_owner_only(
     chain: list[Any], people: Any, now: int, monkeypatch: pytest.MonkeyPatch

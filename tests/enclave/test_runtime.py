@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import socket
 import threading
 import time
 from typing import Any, ClassVar
@@ -18,8 +21,15 @@ from isolate.crypto import cbor
 from isolate.crypto.secret import Secret
 from isolate.crypto.signing import SigningKey
 from isolate.enclave.operations import Aggregates, Array, Count, Integer, Label, Rows, Text, Vector, operation
-from isolate.enclave.runtime import MAX_CLIENTS, Server
-from isolate.errors import CapabilityRefused, ChannelClosed, ChannelTruncated, HandshakeRefused, ServiceUnavailable
+from isolate.enclave.runtime import MAX_CLIENTS, Server, peer_pid
+from isolate.errors import (
+    CapabilityRefused,
+    ChannelClosed,
+    ChannelTruncated,
+    HandshakeRefused,
+    ServiceUnavailable,
+    UsageError,
+)
 from isolate.messages.base import MAX_MESSAGE, Answer, Refusal, Signed
 from isolate.messages.invoke import Invoke, Receipt, Reply, Reservation, SettleRequest
 from isolate.messages.owner import ExplainRequest, Explanation, Revoke
@@ -92,7 +102,12 @@ def dice(view: Any, seed: bytes) -> Any:
     return list(seed[:8])
 
 
-OPERATIONS = [echo, careless, failing, tamper, long, odd, speak, count, dice]
+@operation(inputs={"top": Integer(0, 9)}, output=Label(10), price=lambda top: 1000 * top)
+def priced(view: Any, top: int) -> int:
+    return top
+
+
+OPERATIONS = [echo, careless, failing, tamper, long, odd, speak, count, dice, priced]
 
 
 class Client:
@@ -142,9 +157,11 @@ def test_check_1_a_token_of_another_owner_or_for_another_asset(realm: Any, serve
     assert stranger.ask(server, echo, {"number": 1}).code == "capability_refused"
     client = Client(realm, expires=realm.clock())
     assert client.ask(server, echo, {"number": 1}).code == "expired"
+    other = realm.grant(client.key, operations={"echo": echo.digest}, epoch=2)
+    assert client.ask(server, echo, {"number": 1}, token=other).code == "epoch_ended"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("isolate.enclave.runtime.ENFORCED", frozenset({"operations", "depth"}))
-        assert Client(realm, minimum_group=2).ask(server, echo, {"number": 1}).code == "not_enforced"
+        assert Client(realm, uses=2).ask(server, echo, {"number": 1}).code == "not_enforced"
     # The service would refuse all of these as well; here they do not even reach it.
     assert not [one for one in realm.carried if one[0] == "reserve"]
 
@@ -228,6 +245,15 @@ def test_check_5_a_failed_operation_is_charged(realm: Any, server: Server) -> No
     assert client.ask(server, careless).code == "output_refused"
     assert client.ask(server, echo, {"number": 1}).code == "budget_exhausted"
     assert [one["code"] for one in realm.entries("settled")] == ["operation_failed", "output_refused"]
+
+
+@pytest.mark.threat("ENC-13")
+def test_check_5_a_price_above_the_reply_is_what_is_reserved_and_settled(realm: Any, server: Server) -> None:
+    client = Client(realm, bytes_out=5256)
+    codes = [client.ask(server, priced, {"top": top}).code for top in (3, 2, 1, 0, 0)]
+    assert codes == ["", "", "budget_exhausted", "", "budget_exhausted"]
+    for kind in ("use", "settled"):
+        assert [one["bytes_out"] for one in realm.entries(kind)] == [3000, 2000, 256]
 
 
 @pytest.mark.threat("ENC-9", "ENC-3")
@@ -314,6 +340,33 @@ def test_operations_do_not_change_the_asset(realm: Any, server: Server) -> None:
     assert server._view["w"].tolist() == [0, 1, 2, 3]
     with pytest.raises(TypeError):
         server._view["x"] = 1  # type: ignore[index]
+
+
+def test_a_server_whose_operations_have_one_name(server: Server) -> None:
+    """Else the digest of one of them would name the other, or nothing."""
+    with pytest.raises(UsageError, match="one name"):
+        Server(server._workload, "a/b", {}, [echo, careless, echo])
+
+
+def test_a_peer_over_the_network_has_no_process_here() -> None:
+    with socket.socket() as listening, socket.socket() as peer:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        peer.connect(listening.getsockname())
+        assert peer_pid(peer) == 0  # type: ignore[arg-type]
+    one, two = socket.socketpair()
+    with one, two:
+        assert peer_pid(one) == os.getpid()  # type: ignore[arg-type]
+
+
+def test_the_operator_is_told_of_a_refusal_by_code_and_number(
+    realm: Any, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for asked, code in ((echo, "bad_argument"), (failing, "operation_failed")):
+        reply = Client(realm).ask(server, asked)
+        assert reply.code == code
+        said = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+        assert said == [{"event": "invocation_refused", "code": code, "request_id": reply.request_id}]
 
 
 @pytest.mark.threat("ENC-14")
