@@ -98,7 +98,8 @@ def test_the_greatest_minimum_holds() -> None:
     [
         None, {"a": 1}, [[1, 2]], rows((1, 3, 1.0)), rows((1, -1, 1.0)), rows(*FOUR, (1, 0, float("nan"))),
         rows(*FOUR, (9, 0, float("inf"))), rows(*FOUR, measure="income"),
-        Rows(np.zeros(2, int), np.zeros(3, int), {}), Rows(np.zeros(2), np.zeros(2, int), {"age": np.zeros(2)}), Rows([1], [0], {"age": [1.0]}),  # type: ignore[arg-type]
+        Rows(np.zeros(2, int), np.zeros(3, int), {}),
+        Rows(np.zeros(2), np.zeros(2, int), {"age": np.zeros(2)}), Rows([1], [0], {"age": [1.0]}),  # type: ignore[arg-type]
         Rows(np.zeros(2, int), np.zeros(2, int), {"age": np.array(["x", "y"])}),
         Rows(np.zeros((2, 1), int), np.zeros(2, int), {"age": np.zeros(2)}),
     ],
