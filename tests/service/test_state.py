@@ -94,6 +94,21 @@ def test_once(realm: Any) -> None:
     assert refused.value.code == "replayed"
     assert state.once(b"2", lambda _: 20, lambda _, checked: checked + 1) == 21
 
+    def half(error: IsolateError) -> Any:
+        def act(database: Any, _: Any) -> None:
+            database.execute("INSERT INTO revoked VALUES (x'00')")
+            raise error
+
+        return act
+
+    # What was written before the refusal is undone, and the nonce is not; what could not be done may be asked again.
+    for nonce, error, kept in ((b"3", RefusedError("no"), 1), (b"4", StorageError("full"), 0)):
+        before = rows(state)
+        with pytest.raises(type(error)):
+            state.once(nonce, lambda _: None, half(error))
+        assert rows(state) == before + kept
+        assert realm.rows()["revoked"] == 0
+
 
 def test_making_a_state(tmp_path: Path) -> None:
     certificate = make(tmp_path / "deep" / "state", recovery=[Identity.generate().recipient])
