@@ -101,7 +101,7 @@ def test_once(realm: Any) -> None:
 
         return act
 
-    # What was written before the refusal is undone, and the nonce is not; what could not be done may be asked again.
+    # What was written before the refusal is undone, the nonce is not; what could not be done can be asked again.
     for nonce, error, kept in ((b"3", RefusedError("no"), 1), (b"4", StorageError("full"), 0)):
         before = rows(state)
         with pytest.raises(type(error)):
