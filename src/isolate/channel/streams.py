@@ -57,12 +57,16 @@ _GONE = {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errn
 def parse_address(address: str) -> tuple[str, Any]:
     """``unix:/path``, ``shm:/path`` or ``tcp:host:port`` (an IPv6 host in brackets). Raises UsageError."""
     kind, _, rest = address.partition(":")
-    if kind in ("unix", "shm") and 0 < len(os.fsencode(rest)) < 108:
-        return kind, rest
     host, _, port = rest.rpartition(":")
-    if kind == "tcp" and host and port.isdecimal() and int(port) < 65536:
-        return kind, (host.strip("[]"), int(port))
-    raise UsageError(f"no address of a channel: {address[:120]}", hint="unix:/path, shm:/path or tcp:host:port")
+    # What no file and no host can be called, sockets refuse with errors of their own.
+    with contextlib.suppress(UnicodeError):
+        if "\0" not in rest:
+            if kind in ("unix", "shm") and 0 < len(os.fsencode(rest)) < 108:
+                return kind, rest
+            number = int(port) if port.isascii() and port.isdecimal() and len(port) < 6 else 65536
+            if kind == "tcp" and host.encode("idna") and number < 65536:
+                return kind, (host.strip("[]"), number)
+    raise UsageError(f"no address of a channel: {address[:120]!a}", hint="unix:/path, shm:/path or tcp:host:port")
 
 
 def _set_receive_timeout(sock: socket.socket, seconds: float | None) -> None:
