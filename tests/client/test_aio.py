@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import isolate
+from isolate.capability.invocation import Invocation
 from isolate.client.handle import HandleFile
 from isolate.client.signers import AgentSigner
 from isolate.crypto.signing import SigningKey
@@ -104,11 +106,42 @@ def test_after_a_channel_ended_the_next_use_opens_another(house: Any, key: Signi
             house.answer = hang_up
             with pytest.raises(ChannelError):
                 await handle.invoke("op", number=3)
-            house.answer = house.echo
-            assert await handle.invoke("op", number=4) == 4
+            counters = []
+
+            def counted(request: Invoke) -> Reply:
+                counters.append(Invocation.parse(request.invocation).counter)
+                return house.echo(request)  # type: ignore[no-any-return]
+
+            house.answer = counted
+            assert [await handle.invoke("op", number=number) for number in (4, 5)] == [4, 5]
+            assert counters == [1, 2]
 
     asyncio.run(use())
     assert house.channels == 3
+
+
+def test_a_loop_that_was_closed_in_the_middle_of_a_use_is_left_behind(house: Any, key: SigningKey) -> None:
+    """As in a notebook, where a cell was interrupted, and its loop closed with a task in it."""
+    arrived, go = threading.Event(), threading.Event()
+
+    def slow(request: Invoke) -> Reply:
+        arrived.set()
+        go.wait(10)
+        return house.echo(request)  # type: ignore[no-any-return]
+
+    house.answer = slow
+    loop = asyncio.new_event_loop()
+    handle = loop.run_until_complete(isolate.aio.attach(house.grant(key), signer=key))
+    task = loop.create_task(handle.invoke("op", number=1))
+    loop.run_until_complete(asyncio.wait_for(asyncio.to_thread(arrived.wait, 10), 10))
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+    house.answer = house.echo
+    go.set()
+    assert asyncio.run(handle.invoke("op", number=2)) == 2
+    assert not task.done()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    asyncio.run(handle.close())
 
 
 def test_another_event_loop_gets_another_channel(house: Any, key: SigningKey) -> None:

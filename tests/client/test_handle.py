@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import errno
 import pickle
 import threading
 from pathlib import Path
@@ -14,15 +16,20 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isolate.capability.invocation import Invocation
+import isolate
+from isolate.capability.invocation import Invocation, hash_arguments, verify_invocation
+from isolate.capability.token import Token
+from isolate.capability.token import verify as verify_token
 from isolate.client import connect
 from isolate.client.handle import FileSigner, HandleFile, attach
 from isolate.client.owner import Owner
-from isolate.crypto.signing import SigningKey
+from isolate.crypto import cbor
+from isolate.crypto.signing import SigningKey, VerifyingKey
 from isolate.errors import (
     BudgetExhausted,
     CapabilityRefused,
     ChannelTruncated,
+    HandshakeRefused,
     HolderRefused,
     KeyFormatError,
     ScopeExceeded,
@@ -53,7 +60,15 @@ def test_an_address_sneaks_no_setting_into_a_handle_file(odd: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["no toml", "token = 1", "", "a = " + "[" * 5000, 'token = "t"\nINSECURE_accept_simulated = 1']
+    "text",
+    [
+        "no toml",
+        "token = 1",
+        "",
+        "a = " + "[" * 5000,
+        'token = "t"\nINSECURE_accept_simulated = 1',
+        "a = " + "1" * 5000,
+    ],
 )
 def test_what_is_no_handle_file(text: str, tmp_path: Path, key: SigningKey) -> None:
     with pytest.raises(UsageError):
@@ -65,6 +80,31 @@ def test_what_is_no_handle_file(text: str, tmp_path: Path, key: SigningKey) -> N
     (tmp_path / "binary").write_bytes(b"\xff\xfe" * 100_000)
     with pytest.raises(UsageError):
         attach(tmp_path / "binary", signer=key)
+    for name in ("a\0b", "/\ud800"):
+        with pytest.raises(StorageError):
+            attach(name, signer=key)
+
+
+def test_a_handle_file_that_cannot_be_written_leaves_nothing(
+    file: HandleFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a\0b", "/\ud800", "nowhere/team.handle"):
+        with pytest.raises(StorageError):
+            file.save(tmp_path / name)
+    with pytest.raises(StorageError, match="no text"):
+        evolve(file, job="\ud800").save(tmp_path / "odd")
+
+    def full(_: HandleFile) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file.save(tmp_path / "good")
+    monkeypatch.setattr(HandleFile, "to_text", full)
+    with pytest.raises(StorageError, match="No space"):
+        file.save(tmp_path / "full")
+    with pytest.raises(StorageError, match="exists"):
+        file.save(tmp_path / "good")
+    assert not {path.name for path in tmp_path.iterdir()} & {"a", "odd", "full"}
+    assert HandleFile.load(tmp_path / "good") == file
 
 
 def test_attaching(file: HandleFile, key: SigningKey, tmp_path: Path) -> None:
@@ -79,6 +119,9 @@ def test_attaching(file: HandleFile, key: SigningKey, tmp_path: Path) -> None:
         attach(evolve(file, token="isolate-token-x"), signer=key)
     with pytest.raises(KeyFormatError):
         attach(evolve(file, owner="nobody"), signer=key)
+    for signer in (None, "me.key", SigningKey, tmp_path / "me.key"):
+        with pytest.raises(UsageError, match="FileSigner"):
+            attach(file, signer=signer)  # type: ignore[arg-type]
 
 
 def test_narrowing_is_offline_and_never_widens(file: HandleFile, key: SigningKey, realm: Any) -> None:
@@ -87,6 +130,8 @@ def test_narrowing_is_offline_and_never_widens(file: HandleFile, key: SigningKey
     narrowed = handle.attenuate(operations=["op"], uses=50, holder=other.verifying_key.ed25519)
     with pytest.raises(ScopeExceeded):
         handle.attenuate(operations=["none"])
+    with pytest.raises(UsageError, match="a list"):
+        handle.attenuate(operations="op")
     assert repr(attach(narrowed, signer=other)) == "<Handle on a/b: op; at most 9 uses>"
     with pytest.raises(ScopeExceeded):
         attach(narrowed, signer=other).attenuate(operations=["more"])
@@ -106,6 +151,24 @@ def test_using(file: HandleFile, key: SigningKey, wires: list[Any]) -> None:
     counters = [Invocation.parse(seen.invocation).counter for seen in (one, two)]
     assert counters == [1, 2]
     assert wires[1].closed
+
+
+def test_an_invocation_is_for_this_channel_and_these_arguments(
+    file: HandleFile, key: SigningKey, wires: list[Any]
+) -> None:
+    with attach(file, signer=key) as handle:
+        for number in (1, 1):
+            handle.invoke("op", number=number)
+    token = verify_token(Token.from_text(file.token), VerifyingKey.parse(file.owner).ed25519, now=0)
+    nonces = set()
+    for seen in wires[1].seen:
+        made = verify_invocation(
+            Invocation.parse(seen.invocation), token, channel_binding=wires[1].binding,
+            argument_hash=hash_arguments(cbor.encode({"number": 1})),
+        )  # fmt: skip
+        assert (made.operation, made.operation_digest) == ("op", b"d" * 32)
+        nonces.add(made.nonce)
+    assert len(nonces) == 2
 
 
 @pytest.mark.parametrize(
@@ -195,6 +258,15 @@ def test_a_budget_is_the_services_signed_answer(
 ) -> None:
     handle = attach(file, signer=key)
     assert handle.budget.uses == 9
+    first: dict[str, Any] = {}
+
+    def old(route: str, body: bytes) -> Any:
+        # A courier that shows the first answer ever after, as if nothing had been used since.
+        return first.setdefault(route, realm.serve(route, body))
+
+    realm.courier = old
+    assert handle.budget.uses == 9
+    assert realm.code(lambda: handle.budget) == "forged_answer"
 
     def lie(route: str, body: bytes) -> tuple[int, bytes]:
         if route != "budget":
@@ -203,6 +275,42 @@ def test_a_budget_is_the_services_signed_answer(
 
     realm.courier = lie
     assert realm.code(lambda: handle.budget) == "forged_answer"
+
+
+ADDRESSES = ("", "nowhere", "tcp:a..b:1", "tcp:a\0b:1", "tcp:h:" + "1" * 5000, "unix:/a\0b", "unix:/\ud800")
+
+
+@pytest.mark.parametrize("address", ADDRESSES, ids=range(len(ADDRESSES)))
+def test_an_address_that_is_none_is_used_wrongly(house: Any, key: SigningKey, address: str) -> None:
+    file = evolve(house.grant(key), enclave=address)
+    with pytest.raises(UsageError, match="no address"):
+        attach(file, signer=key).invoke("op")
+
+    async def use() -> None:
+        await (await isolate.aio.attach(file, signer=key)).invoke("op")
+
+    with pytest.raises(UsageError, match="no address"):
+        asyncio.run(use())
+
+
+@pytest.mark.threat("ATT-14")
+def test_a_simulated_enclave_is_refused_unless_the_handle_file_takes_one(house: Any, key: SigningKey) -> None:
+    taken = house.grant(key)
+    refusing = evolve(taken, INSECURE_accept_simulated=False)
+    with attach(taken, signer=key) as handle:
+        assert handle.invoke("op", number=1) == 1
+    with pytest.raises(HandshakeRefused) as refused:
+        attach(refusing, signer=key).invoke("op", number=1)
+    assert refused.value.code == "result_simulated"
+
+    async def use(file: HandleFile) -> Any:
+        async with await isolate.aio.attach(file, signer=key) as handle:
+            return await handle.invoke("op", number=1)
+
+    assert asyncio.run(use(taken)) == 1
+    with pytest.raises(HandshakeRefused) as refused:
+        asyncio.run(use(refusing))
+    assert refused.value.code == "result_simulated"
 
 
 @pytest.mark.threat("ENC-1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -324,6 +325,61 @@ def test_an_error_brings_no_earlier_one_along(things: dict[str, Any], realm: Any
     assert (error.__context__, error.__cause__, len(list(frames(error)))) == (None, None, 1)
     error = caught(lambda: attach("/nonexistent", signer=things["file signer"]), IsolateError)
     assert (error.__context__, error.__cause__, len(list(frames(error)))) == (None, None, 1)
+
+
+@pytest.mark.threat("HND-3")
+@pytest.mark.parametrize("use", ["invoke_joined", "budget"])
+@pytest.mark.parametrize("kind", KINDS[1:3])
+def test_every_way_to_ask_raises_without_its_frames(
+    use: str, kind: str, things: dict[str, Any], realm: Any
+) -> None:
+    def away(*_: Any) -> Any:
+        raise IsolateError("away")
+
+    realm.courier = away
+    handle = things[kind]
+
+    def attempt() -> Any:
+        asked = handle.budget if use == "budget" else handle.invoke_joined("op", {"other": handle}, text=CANARY)
+        return asyncio.run(asked) if kind == "async handle" else asked
+
+    error = caught(attempt, IsolateError)
+    assert [frame.f_code.co_filename.split("/")[-1] for frame in frames(error)] == ["boundary.py"]
+    assert CANARY not in kept(error)
+
+
+@pytest.mark.threat("HND-3")
+def test_what_a_signer_of_the_users_own_raises_brings_nothing_along(
+    things: dict[str, Any], key: SigningKey
+) -> None:
+    """Also a group of errors, and one that names its cause."""
+
+    def inner() -> None:
+        text = CANARY
+        try:
+            raise KeyError(text)
+        except KeyError as error:
+            raise RuntimeError("of the HSM") from error
+
+    class Signer:
+        verifying_key = key.verifying_key
+
+        def sign(self, purpose: Purpose, message: bytes) -> bytes:
+            with contextlib.suppress(ValueError):
+                try:
+                    inner()
+                except RuntimeError as error:
+                    raise ExceptionGroup("two of them", [error, RuntimeError("x")]) from error
+            raise AssertionError
+
+    handle = attach(things["handle"].export(), signer=Signer())
+    for attempt in (lambda: handle.budget, lambda: handle.attenuate(uses=1)):
+        group = caught(attempt, ExceptionGroup)
+        assert isinstance(group, ExceptionGroup)
+        for one in (group, *group.exceptions):
+            assert (one.__cause__, one.__context__) == (None, None)
+            assert one is group or one.__traceback__ is None
+        assert CANARY not in kept(group)
 
 
 # Memory

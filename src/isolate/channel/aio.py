@@ -68,7 +68,8 @@ class _Wire:
 
     def _wake(self, write: bool) -> None:
         woken = self._waiting.get(write)
-        if woken is not None and not woken.done():
+        # Who waited in a loop that is closed is never woken.
+        if woken is not None and not woken.done() and not self._loop.is_closed():
             woken.set_result(None)
 
     def _forget(self, write: bool) -> None:

@@ -33,6 +33,9 @@ R = TypeVar("R")
 
 def _stripped(error: BaseException) -> BaseException:
     error.__cause__ = error.__context__ = error.__traceback__ = None
+    if isinstance(error, BaseExceptionGroup):  # of a signer of the user's own
+        for one in error.exceptions:
+            _stripped(one)
     return error
 
 

@@ -45,7 +45,8 @@ class HandleFile:
         """Raises UsageError."""
         try:
             fields = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError):
+        except (ValueError, RecursionError):
+            # TOMLDecodeError is one; an integer of more than 4300 digits is another.
             raise UsageError("this is no handle file: it is no TOML") from None
         for name, kind in _FIELDS.items():
             if type(fields.get(name)) is not kind:
@@ -64,17 +65,27 @@ class HandleFile:
             raise StorageError(f"cannot read {os.fspath(path)}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise UsageError("this is no handle file") from None
+        except ValueError:
+            raise StorageError("cannot read the handle file: no file can have this name") from None
         return cls.parse(text)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a new file. Raises StorageError, also when there is one already."""
+        """Write it to a new file. Raises StorageError, also when there is one; none is left half-written."""
         try:
-            with Path(path).open("x", encoding="utf-8") as file:
-                file.write(self.to_text())
+            file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115 (what fails here has made no file)
         except FileExistsError:
             raise StorageError(f"{os.fspath(path)} exists already", hint="choose another name") from None
         except OSError as error:
             raise StorageError(f"cannot write {os.fspath(path)}: {error.strerror}") from None
+        except ValueError:
+            raise StorageError("cannot write the handle file: no file can have this name") from None
+        try:
+            with file:
+                file.write(self.to_text())
+        except (OSError, UnicodeEncodeError) as error:
+            Path(path).unlink(missing_ok=True)
+            why = error.strerror if isinstance(error, OSError) else "what it says is no text"
+            raise StorageError(f"cannot write {os.fspath(path)}: {why}") from None
 
     def to_text(self) -> str:
         """What ``parse`` reads."""

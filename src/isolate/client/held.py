@@ -42,7 +42,7 @@ _KIND = CapabilityRefused.default_code  # of a refusal whose code names no class
 
 
 class Held(NotCopied):
-    """The base of handles. Raises HolderRefused when ``signer`` is not the token's last holder."""
+    """The base of handles. Raises HolderRefused when ``signer`` is not the token's last holder, UsageError."""
 
     __slots__ = ("__weakref__", "_counter", "_file", "_owner", "_seen", "_signer", "_token")
 
@@ -55,7 +55,10 @@ class Held(NotCopied):
         self._owner = VerifyingKey.parse(file.owner)
         self._counter = 0
         self._seen: shown.Seen | None = None
-        if self._token.holder != signer.verifying_key.ed25519:
+        key = getattr(signer, "verifying_key", None)
+        if not isinstance(key, VerifyingKey):
+            raise UsageError("this is no signer", hint="isolate.FileSigner(path) or isolate.AgentSigner(address)")
+        if self._token.holder != key.ed25519:
             raise HolderRefused("this signer is not the holder of the token")
         forks(self)
 
@@ -93,8 +96,10 @@ class Held(NotCopied):
         CapabilityRefused when it may not be passed on, UsageError.
         """
         mine = self._token.scope.operations or {}
+        if isinstance(operations, str):
+            raise UsageError("operations is a list of names")
         if operations is not None and (unknown := set(operations) - set(mine)):
-            raise ScopeExceeded(f"this handle has no operation {', '.join(sorted(unknown))}")
+            raise ScopeExceeded(f"this handle has no operation {', '.join(sorted(map(str, unknown)))}")
         kept = None if operations is None else {name: mine[name] for name in operations}
         scope = Scope(
             operations=kept, parameters=parameters, outputs=outputs, uses=uses, bytes_out=bytes_out, rates=rates,

@@ -79,6 +79,7 @@ class AgentSigner:
         forks(self)
 
     @property
+    @bare
     def verifying_key(self) -> VerifyingKey:
         return self._key or self._ask("", b"")[0]
 
