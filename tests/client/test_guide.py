@@ -71,7 +71,14 @@ def test_the_agents_socket_is_as_it_is_written() -> None:
 
 
 def test_what_the_guide_says_raises_bare_does() -> None:
-    for name in ("attenuate",):
-        assert hasattr(getattr(Held, name), "__wrapped__")
-    assert hasattr(isolate.Handle.invoke, "__wrapped__") and hasattr(isolate.attach, "__wrapped__")
-    assert hasattr(isolate.aio.AsyncHandle.invoke, "__wrapped__") and hasattr(isolate.aio.attach, "__wrapped__")
+    sentence = GUIDE.partition("Errors leave ")[2].partition(" without the frames")[0]
+    named = set(re.findall(r"`(\w+)`", sentence))
+    assert named == {"attach", "invoke", "invoke_joined", "budget", "attenuate"} and "both signers" in sentence
+    aio = isolate.aio.AsyncHandle
+    for raises in (
+        isolate.attach, isolate.Handle.invoke, isolate.Handle.invoke_joined, isolate.Handle.budget.fget,
+        isolate.aio.attach, aio.invoke, aio.invoke_joined, aio._ask_budget, Held.attenuate,
+        isolate.FileSigner.__init__, isolate.FileSigner.sign,
+        isolate.AgentSigner.verifying_key.fget, isolate.AgentSigner.sign,
+    ):  # fmt: skip
+        assert hasattr(raises, "__wrapped__")

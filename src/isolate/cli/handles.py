@@ -184,6 +184,8 @@ def show(file: str, signer: str | None, as_json: bool) -> None:
         elif name in ("limits", "left"):
             for said in value if isinstance(value, list) else [f"{left} {key}" for key, left in value.items()]:
                 click.echo(f"{'limit' if name == 'limits' else 'left':<12} {said}")
+        elif name == "standing" and value == "good" and signer is None:
+            click.echo(f"{name:<12} good, as far as the file says (--signer asks whether it was revoked)")
         else:
             click.echo(f"{name.replace('_', ' '):<12} {plain(str(value))}")
 

@@ -29,9 +29,9 @@ TIMEOUT = 10.0  # seconds for one signature
 class FileSigner(NotCopied):
     """A holder's key in a key file (`isolate keygen --signing`). Pass it wherever ``signer=`` is asked.
 
-    The file's line is wiped once it was read; what signs afterwards lies in the cryptographic library. Code in the
-    same process that means to can still get at it: an AgentSigner keeps the key elsewhere. Raises KeyFormatError or
-    StorageError, which show nothing of the file.
+    Once it was read, no Python object holds it or the file's line: what signs lies in the cryptographic libraries'
+    memory, and freed memory may still have a copy. Code in the same process that means to can get at it: an
+    AgentSigner keeps the key elsewhere. Raises KeyFormatError or StorageError, which show nothing of the file.
     """
 
     __slots__ = ("_key",)
