@@ -110,6 +110,13 @@ def test_once(realm: Any) -> None:
         assert realm.rows()["revoked"] == 0
 
 
+def test_every_commit_is_synced(realm: Any) -> None:
+    """No kill of a process shows it: only a machine that loses its power would."""
+    database = realm.state._database
+    assert database.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 def test_making_a_state(tmp_path: Path) -> None:
     certificate = make(tmp_path / "deep" / "state", recovery=[Identity.generate().recipient])
     assert len(certificate.output_recipients()) == 2
