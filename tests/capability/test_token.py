@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isolate.capability import ChainCache, Scope, Token, VerifiedToken, grant, meet, verify
+from isolate.capability import ChainCache, Choices, Scope, Token, VerifiedToken, grant, meet, verify
 from isolate.capability.token import MAX_BLOCKS, Block
 from isolate.crypto import cbor
 from isolate.crypto.signing import Purpose
@@ -250,6 +250,16 @@ def test_a_chain_has_at_most_eight_blocks_and_4_kib(people: Any, chain: list[Any
     many = {f"operation-{number}": DIGEST for number in range(100)}
     with pytest.raises(CapabilityRefused, match="at most 4096"):
         grant(people.owner, asset="a", scope=Scope(operations=many), holder=people.pub(people.team))
+    for length, fits in ((4096, True), (4097, False)):
+        scope = Scope(operations={}, parameters={"a": {"b": Choices(["x" * (length - 259)])}})
+        try:
+            assert (
+                len(grant(people.owner, asset="a", scope=scope, holder=people.pub(people.team)).encode()) == length
+            )
+        except CapabilityRefused:
+            assert not fits
+        else:
+            assert fits
     half = Scope(operations=dict(list(many.items())[:50]))
     token = grant(people.owner, asset="a", scope=half, holder=people.pub(people.team))
     with pytest.raises(CapabilityRefused, match="at most 4096 are allowed"):
@@ -370,6 +380,21 @@ def test_a_block_with_anything_unknown_is_refused(chain: list[Any], people: Any,
 def test_what_is_no_token_is_refused(value: Any) -> None:
     with pytest.raises(CapabilityRefused):
         Token.parse(cbor.encode(value))
+
+
+def test_good_blocks_with_other_numbers_and_sizes_of_signatures(chain: list[Any]) -> None:
+    one, two = chain[1].signatures
+    for signatures in ((one,), (one, two, two), (one, two[:63]), (one + b"x", two), (b"", two), ()):
+        with pytest.raises(CapabilityRefused, match="malformed"):
+            Token(chain[1].blocks, signatures)
+
+
+@pytest.mark.parametrize(
+    "asset", ["", "a" * 129, "a\n", "a\u00a0", "\u2028", "\u202e", b"digits", None, 5], ids=repr
+)
+def test_an_asset_that_has_no_name(people: Any, asset: Any) -> None:
+    with pytest.raises(CapabilityRefused, match="malformed"):
+        grant(people.owner, asset=asset, scope=Scope(operations={}), holder=people.pub(people.team))
 
 
 def test_another_version_is_refused(chain: list[Any]) -> None:

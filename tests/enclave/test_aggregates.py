@@ -110,6 +110,48 @@ def test_what_is_no_selection_of_rows_is_refused(odd: Any) -> None:
         table().check(odd)
 
 
+@pytest.mark.threat("AGG-5")
+@pytest.mark.parametrize("bad", ["entity", "group", "age"])
+@pytest.mark.parametrize(
+    "odd", [[0] * 4, np.zeros(3), np.zeros((4, 1)), np.zeros(5, int), np.array(["0"] * 4), None]
+)
+def test_a_selection_with_one_column_that_is_none(bad: str, odd: Any) -> None:
+    columns: dict[str, Any] = {"entity": np.arange(4), "group": np.zeros(4, int), "age": np.ones(4)}
+    assert table().check(Rows(columns["entity"], columns["group"], {"age": columns["age"]}))[0] is not None
+    columns[bad] = odd
+    with pytest.raises(OutputRefused):
+        table().check(Rows(columns["entity"], columns["group"], {"age": columns["age"]}))
+
+
+def test_sizes_and_the_longest_follow_from_the_declaration() -> None:
+    """What a scope's ``outputs`` limits (docs/spec/operations.md, 5): one number a cell, and null."""
+    low, high, count, mean = Sum(-9, 5, 3), Sum(-5, 9, 3), Count(2), Mean(0, 9, 62)
+    assert (low.longest(), high.longest()) == (-9 * 2**32 // 3, 9 * 2**32 // 3)
+    assert (count.longest(), mean.longest()) == (2**31, 62)
+    assert [measure.steps() for measure in (low, count, mean)] == [3 * 2**32 + 5 * 2**32 // 3 + 1, 2**31 + 1, 63]
+    assert table(mean=mean).sizes() == (3, 6)
+    assert table(mean=Mean(0, 9, 63)).sizes() == (3, 7)
+    assert table(mean=mean, low=low, count=count).sizes() == (9, 35)
+    assert size_of(table(low=low)) == size_of(table(high=high)) == 256
+
+
+def test_the_widest_declarations_are_taken() -> None:
+    wide = 2**31
+    total, mean = Sum(-wide, wide, wide), Mean(-wide, wide, 2**53)
+    assert mean.of(np.array([1e300]), np.array([1])) == 2**53
+    assert total.of(np.array([-1e300]), np.array([1])) == -1
+    assert Mean(0, 1, 1).of(np.array([1.0]), np.array([1])) == 1
+    assert Count(wide).read(1) == wide
+    assert len(Aggregates(tuple(map(str, range(65536))), {"people": Count()}).groups) == 65536
+    for attempt in (
+        lambda: Sum(-wide - 1, 0, 1), lambda: Sum(0, wide + 1, 1), lambda: Count(wide + 1),
+        lambda: Mean(0, 1, 2**53 + 1),
+        lambda: Aggregates(tuple(map(str, range(32769))), {"a": Count(), "b": Count()}),
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            attempt()
+
+
 def test_a_rows_repr_shows_none_of_them() -> None:
     assert repr(rows((123456, 0, 1.0))) == "Rows()"
 

@@ -213,8 +213,11 @@ def test_the_same_for_asyncio(cast: Cast) -> None:
 
 
 def test_declarations_and_calls_that_are_none(cast: Cast) -> None:
-    with pytest.raises(UsageError):
-        operation(inputs={"register": Joined("c/d")}, output=Derived())(lambda view, register: {})
+    def derive(view: Any, register: Any) -> Any:
+        return {}
+
+    with pytest.raises(UsageError, match="one handle only"):
+        operation(inputs={"register": Joined("c/d")}, output=Derived())(derive)
     with pytest.raises(UsageError):
         Server(cast.server._workload, "a/b", {}, [compare])
     survey, register = cast.handle("a/b"), cast.handle("c/d")

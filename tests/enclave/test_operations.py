@@ -140,8 +140,9 @@ def test_a_price_is_at_least_the_reply_and_at_most_an_account() -> None:
     with pytest.raises(CapabilityRefused) as refused:
         priced(lambda top: 1 // 0).cost({"top": 3})
     assert refused.value.code == "bad_argument"
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="seed"):
         operation(inputs={"seed": Integer(0, 1)}, output=Label(2), seeded=True)(make)
+    assert operation(inputs={"seed": Integer(0, 1)}, output=Label(2))(make).inputs == {"seed": Integer(0, 1)}
 
 
 @pytest.mark.threat("ENC-33")

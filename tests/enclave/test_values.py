@@ -42,15 +42,27 @@ def test_the_longest_value_passes_and_fits(output: Any) -> None:
 @pytest.mark.parametrize("size", [256, 512, 768, 66048])
 def test_a_reply_has_one_length_whatever_is_in_it(size: int) -> None:
     """Also those lengths that the head of the padding would jump over."""
-    for length in range(min(size, 700) - 100):
+    longest = size - len(Reply("", "", "ab" * 8).encode())  # of a text, less the head of its own length
+    longest -= 1 if longest < 257 else 2 if longest < 65538 else 4
+    for length in (*range(min(longest, 99)), *range(max(longest - 299, 99), longest + 1)):
         reply = fit("", "x" * length, "ab" * 8, size)
         assert len(reply) == size
-        assert Reply.parse(reply).value == "x" * length
-    for length in (size - 360, size - 95, size - 96) if size > 60000 else ():
-        assert len(fit("", "x" * length, "ab" * 8, size)) == size
+        read = Reply.parse(reply)
+        assert read.value == "x" * length and not any(read.padding)
+        assert read.request_id in ("ab" * 8, "ab" * 7 + "a", "ab" * 7)
     assert len(fit("x" * MAX_CODE, None, "ab" * 8, size)) == size
-    with pytest.raises(OutputRefused):
-        fit("", "x" * size, "ab" * 8, size)
+    # A digit or two less of the request id makes room for heads of paddings, not for more of a result.
+    assert len(fit("", "x" * (longest + 2), "ab" * 8, size)) == size
+    for more in (longest + 3, size):
+        with pytest.raises(OutputRefused):
+            fit("", "x" * more, "ab" * 8, size)
+
+
+def test_a_reply_has_the_size_of_its_longest_result_and_code() -> None:
+    """To the byte (docs/spec/operations.md, 4): a bare reply of n letters takes 63 + n, or 64 + n from 256 on."""
+    longest = [size_of(Choice(("x" * length,))) for length in (1, 185, 186, 440, 441, 696, 697)]
+    assert longest == [256, 256, 512, 512, 768, 768, 1024]
+    assert MAX_CODE == 64 and len(Reply("x" * 64, None, "0" * 16).encode()) == 127
 
 
 def test_bits() -> None:
