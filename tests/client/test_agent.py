@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isolate.client import agent as agents
+from isolate.client import signers
 from isolate.client.agent import (
     MAX_FRAME,
     MAX_SIGNED,
@@ -171,6 +172,58 @@ def test_an_agent_that_was_restarted_is_found_again(key: SigningKey, tmp_path: P
     # The puppet hangs up after each answer, as an agent that ended.
     assert signer.sign(Purpose.BLOCK, b"m") == signer.sign(Purpose.BLOCK, b"m") == signature
     del puppet
+    signer.close()
+
+
+def test_an_agent_that_does_not_answer_is_waited_for_so_long(
+    key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signers, "TIMEOUT", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as deaf:
+        deaf.bind(str(tmp_path / "deaf"))
+        deaf.listen()
+        signer, said = AgentSigner(f"unix:{tmp_path / 'deaf'}"), list[str]()
+        asks = threading.Thread(target=lambda: said.append(code(lambda: signer.verifying_key)), daemon=True)
+        asks.start()
+        asks.join(5)
+    assert said == ["agent_unavailable"]
+
+
+@pytest.mark.threat("HND-7")
+def test_an_interrupted_signature_is_not_taken_for_the_next(
+    key: SigningKey, agent: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signer = AgentSigner(agent(key).address)
+    assert signer.verifying_key == key.verifying_key
+
+    def interrupted(_: socket.socket) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(signers, "read_frame", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            signer.sign(Purpose.BLOCK, b"one")
+    assert signer.sign(Purpose.BLOCK, b"two") == key.sign(Purpose.BLOCK, b"two")
+    signer.close()
+
+
+def test_threads_get_each_its_own_signature(key: SigningKey, agent: Start) -> None:
+    signer, wrong = AgentSigner(agent(key).address), list[bytes]()
+
+    def use(name: int) -> None:
+        for number in range(20):
+            message = bytes([name, number])
+            try:
+                assert signer.sign(Purpose.BLOCK, message) == key.sign(Purpose.BLOCK, message)
+            except Exception:
+                wrong.append(message)
+
+    threads = [threading.Thread(target=use, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert wrong == []
     signer.close()
 
 

@@ -382,6 +382,19 @@ def test_what_a_signer_of_the_users_own_raises_brings_nothing_along(
         assert CANARY not in kept(group)
 
 
+@pytest.mark.threat("HND-3")
+def test_what_a_signer_fails_to_sign_is_in_no_frame(things: dict[str, Any]) -> None:
+    away = AgentSigner("unix:/nonexistent/agent")
+    for attempt, kind in (
+        (lambda: things["file signer"].sign(Purpose.BLOCK, CANARY), TypeError),
+        (lambda: away.sign(Purpose.BLOCK, CANARY.encode()), IsolateError),
+        (lambda: away.verifying_key, IsolateError),
+    ):
+        error = caught(attempt, kind)
+        assert [frame.f_code.co_filename.split("/")[-1] for frame in frames(error)] == ["boundary.py"]
+        assert CANARY not in kept(error)
+
+
 # Memory
 
 

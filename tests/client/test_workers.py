@@ -31,8 +31,12 @@ def own(file, signer, number):
     with attach(file, signer=signer) as handle:
         return handle.invoke("op", number=number), os.getpid()
 
+def line():
+    # Which connection to its agent the signer of this process has.
+    return os.fstat(HANDLE._signer._sock.fileno()).st_ino if isinstance(HANDLE._signer, AgentSigner) else 0
+
 def inherited(number):
-    return HANDLE.invoke("op", number=number), os.getpid()
+    return HANDLE.invoke("op", number=number), os.getpid(), line()
 
 def held():
     # A thread of the parent that is in the middle of a use: its lock is held, and nobody here lets it go.
@@ -42,7 +46,7 @@ if __name__ == "__main__":
     method, path, agent, key = ARGUMENTS[:4]
     file, signer = HandleFile.load(path), AgentSigner(agent)
     HANDLE = attach(file, signer=signer if method == "fork of an agent" else FileSigner(key))
-    said = {"parent": os.getpid(), "before": HANDLE.invoke("op", number=1)}
+    said = {"parent": os.getpid(), "before": HANDLE.invoke("op", number=1), "line": line()}
     context = multiprocessing.get_context(method.split()[0])
     with context.Pool(1) as pool:
         said["own"] = pool.starmap(own, [(file, signer, number) for number in (2, 3)])
@@ -90,8 +94,10 @@ def test_each_worker_has_a_channel_of_its_own_and_the_parents_goes_on(
     own, pids = zip(*said["own"], strict=True)
     assert own == (2, 3) and said["parent"] not in pids
     if method.startswith("fork") and method != "forkserver":
-        answers, pids = zip(*said["inherited"], strict=True)
+        answers, pids, lines = zip(*said["inherited"], strict=True)
         assert answers == (4, 5) and said["parent"] not in pids
+        # Over one connection to an agent, each would take the other's signatures.
+        assert lines == (0, 0) if method == "fork" else said["line"] not in lines
         assert said["held"][0] == 8
     assert sorted(number for _, number in seen) == sorted(
         {1, 2, 3, 6} | ({4, 5, 8} if "inherited" in said else set())
