@@ -30,7 +30,7 @@ from isolate.client.agent import (
 )
 from isolate.client.signers import AgentSigner, FileSigner, open_signer
 from isolate.crypto.signing import Purpose, SigningKey
-from isolate.errors import HolderRefused, KeyFormatError, RefusedError, UnavailableError, UsageError
+from isolate.errors import HolderRefused, KeyFormatError, MalformedError, RefusedError, UnavailableError, UsageError
 
 MINE = {Purpose.BLOCK, Purpose.INVOCATION, Purpose.HOLDER_REQUEST, Purpose.CHANNEL_HOLDER}
 Start = Callable[..., AgentServer]
@@ -78,8 +78,11 @@ def test_an_agent_signs_nothing_but_what_a_holder_signs(key: SigningKey, agent: 
 
 @pytest.mark.threat("HND-9")
 def test_another_user_is_hung_up_on(key: SigningKey, agent: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = os.umask(0o022)
+    os.umask(mask)
     server = agent(key)
     path = Path(server.address.removeprefix("unix:"))
+    assert os.umask(mask) == mask
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     monkeypatch.setattr(agents, "_user", lambda: os.geteuid() + 1)
     signer = AgentSigner(server.address)
@@ -115,6 +118,25 @@ def test_who_sends_what_is_no_request_ends_its_own_connection_only(
         odd.connect(server.address.removeprefix("unix:"))
         rest(odd, sent)
     assert good.sign(Purpose.BLOCK, b"two")
+
+
+@pytest.mark.parametrize(
+    "sent", [b"\0\0", b"\0\0\0\0", (MAX_FRAME + 1).to_bytes(4), b"\xff" * 4, b"\0\0\0\x09abc", b"\0\0\0\x09"]
+)
+def test_a_length_that_is_none_is_refused_before_anything_is_read_for_it(sent: bytes) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        there.settimeout(5)
+        here.sendall(sent)
+        if len(sent) != 4 or sent == b"\0\0\0\x09":  # the others are refused while the peer may go on
+            here.shutdown(socket.SHUT_WR)
+        with pytest.raises(MalformedError):
+            read_frame(there)
+
+
+def test_what_is_to_be_signed_is_in_no_repr() -> None:
+    for shown in (AgentRequest(Purpose.BLOCK, b"canary"), AgentAnswer(bytes(64), b"canary", "")):
+        assert "canary" not in repr(shown)
 
 
 def code(attempt: Callable[[], Any]) -> str:
