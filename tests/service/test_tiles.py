@@ -102,6 +102,9 @@ def test_files_over_http(realm: Any) -> None:
         "", "tile/0/002", "tile/0/002.p/89", "tile/0/003.p/1", "tile/0/000.p/256", "tile/8/000", "tile/0/0",
         "tile/entries/002", "tile/entries/003.p/1", "tile/entries/x999/999", "checkpoint/", "tile/0/-01",
         "tile/0/..%2F000", "tile/0/x999/x999/x999/x999/x999/x999/999", "%00",
+        # Beyond the largest tree, and beyond the numbers of the database.
+        "tile/0/x018/x014/x398/x509/x481/984", "tile/entries/x018/x014/x398/x509/x481/985",
+        "tile/entries/x004/x611/x686/x018/x427/x387/903", "tile/7/x004/x611/x686/x018/x427/x387/904",
     ):  # fmt: skip
         assert get(realm, wrong).status_code == 404, wrong
     assert get(realm, "checkpoint", "POST").status_code == 405

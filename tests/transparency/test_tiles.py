@@ -26,7 +26,7 @@ def test_the_examples_of_the_specification() -> None:
     assert list(tiles_of(0)) == []
 
 
-@given(level=st.none() | st.integers(0, 7), index=st.integers(0, 2**62), width=st.integers(1, 256))
+@given(level=st.none() | st.integers(0, 7), index=st.integers(0, 2**54), width=st.integers(1, 256))
 def test_a_path_leads_back_to_its_tile(level: int | None, index: int, width: int) -> None:
     tile = Tile(level, index, width)
     assert Tile.parse(tile.path) == tile

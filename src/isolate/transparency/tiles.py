@@ -26,6 +26,7 @@ from isolate.errors import LogRefused, UsageError
 WIDTH = 256
 HEIGHT = 8
 MAX_LEVEL = 7  # 256**8 > 2**62 leaves
+MAX_INDEX = merkle.MAX_SIZE // WIDTH  # of a tile: what is beyond has no leaves
 MAX_ENTRY = 0xFFFF  # bytes, by the length prefix
 
 _PATH = re.compile(r"tile/([0-7]|entries)/((?:x[0-9]{3}/){0,6}[0-9]{3})(?:\.p/([1-9][0-9]{0,2}))?")
@@ -42,8 +43,8 @@ class Tile:
     def __attrs_post_init__(self) -> None:
         if self.level is not None and not 0 <= self.level <= MAX_LEVEL:
             raise UsageError("a tile's level is 0 to 7")
-        if not 0 <= self.index <= merkle.MAX_SIZE or not 1 <= self.width <= WIDTH:
-            raise UsageError("a tile has an index of 0 to 2**62 and a width of 1 to 256")
+        if not 0 <= self.index <= MAX_INDEX or not 1 <= self.width <= WIDTH:
+            raise UsageError("a tile has an index of 0 to 2**54 and a width of 1 to 256")
 
     @property
     def path(self) -> str:
@@ -62,7 +63,7 @@ class Tile:
         if match:
             level, number, width = match.groups()
             index = int(number.replace("x", "").replace("/", ""))
-            if index <= merkle.MAX_SIZE and int(width or WIDTH) <= WIDTH:
+            if index <= MAX_INDEX and int(width or WIDTH) <= WIDTH:
                 tile = cls(None if level == "entries" else int(level), index, int(width or WIDTH))
                 if tile.path == path:
                     return tile
