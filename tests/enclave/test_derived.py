@@ -20,6 +20,7 @@ from isolate.crypto.secret import Secret
 from isolate.crypto.signing import SigningKey
 from isolate.enclave.operations import Derived, Integer, Label, operation
 from isolate.enclave.runtime import Server
+from isolate.errors import UsageError
 from isolate.messages.attest import Registered
 from isolate.messages.derive import DeriveRequest, derived_name
 from isolate.messages.invoke import Invoke, Reply, SettleRequest
@@ -157,9 +158,22 @@ def test_a_host_that_swaps_what_was_made_is_refused(realm: Any, serve: Callable[
     locate = fresh._workload.locate
     shutil.copyfile(locate(two["asset"]), locate(one["asset"]))
     assert team.ask(fresh, token, total, model=one).code == "rolled_back"
+    # Nor with the client's help: the file says itself what it is called.
+    assert team.ask(fresh, token, total, model={**one, "digest": two["digest"]}).code == "scope_exceeded"
     Path(locate(one["asset"])).unlink()
     assert team.ask(fresh, token, total, model=one).code == "storage"
     assert team.ask(fresh, token, total, model=two).value == 18
+
+
+def test_an_asset_whose_name_leaves_no_room_for_a_derived_one(serve: Callable[[], Server]) -> None:
+    """Else its uses would be charged, sealed and registered before the reply turns out too short."""
+    workload = serve()._workload
+    for name in ("é" * 43 + "a", "a" * 87):
+        Server(workload, name, {}, [finetune])
+    for name in ("é" * 44, "a" * 88):
+        Server(workload, name, {}, [total])
+        with pytest.raises(UsageError, match="too long"):
+            Server(workload, name, {}, [total, finetune])
 
 
 @pytest.mark.threat("ENC-39")

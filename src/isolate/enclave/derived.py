@@ -19,10 +19,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from isolate import sealed
-from isolate.capability.token import VerifiedToken
+from isolate.capability.token import ID_SIZE, VerifiedToken
 from isolate.enclave.view import View
-from isolate.errors import ScopeExceeded
+from isolate.errors import ScopeExceeded, UsageError
 from isolate.messages.derive import derived_name, is_derived_of
+from isolate.messages.owner import MAX_ASSET
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,9 +36,14 @@ _MADE_OF, _MADE_THROUGH = "isolate.made-of", "isolate.made-through"  # metadata 
 
 
 class Derivations:
-    """What was derived of one asset. Safe to share between threads."""
+    """What was derived of one asset. Safe to share between threads.
 
-    def __init__(self, workload: Workload, asset: str) -> None:
+    ``makes``: whether any is made here. A reference to it leaves in a reply of a size for names of 128 bytes.
+    """
+
+    def __init__(self, workload: Workload, asset: str, *, makes: bool = False) -> None:
+        if makes and len(derived_name(asset, bytes(ID_SIZE)).encode()) > MAX_ASSET:
+            raise UsageError("the name of this asset is too long for others to be derived of it")
         self._workload = workload
         self._asset = asset
         self._open: OrderedDict[bytes, tuple[dict[str, Any], View]] = OrderedDict()
@@ -67,7 +73,7 @@ class Derivations:
         """The tensors, for the holder of this token: after ``check``, once more,
 
         3. The file has the digest of the reference, and the service releases its keys.
-        4. The enclave that sealed it wrote the same asset and handle into it.
+        4. It is of that name, and the enclave that sealed it wrote the same asset and handle into it.
 
         Raises ScopeExceeded for 4, and what the service or the file raises.
         """
@@ -86,6 +92,7 @@ class Derivations:
         path = self._workload.locate(reference["asset"])
         with sealed.safe_open(path, identity=self._workload, expect=reference["digest"]) as file:  # 3
             said = file.metadata() or {}
-            if (said.get(_MADE_OF), said.get(_MADE_THROUGH)) != (self._asset, reference["handle"].hex()):  # 4
-                raise ScopeExceeded("this asset was made of another, or through another handle")
+            made = file.facts.model_id, said.get(_MADE_OF), said.get(_MADE_THROUGH)
+            if made != (reference["asset"], self._asset, reference["handle"].hex()):  # 4
+                raise ScopeExceeded("this is another asset, or was made of another, or through another handle")
             return View(file.get_tensors())

@@ -108,7 +108,8 @@ class Server:
             raise UsageError(f"operations join assets that are not here: {', '.join(sorted(missing))}")
         self._chains = ChainCache()
         self._seeds = Secret.generate(32)
-        self._derived = Derivations(workload, asset)
+        makes = any(isinstance(operation.output, Derived) for operation in operations)
+        self._derived = Derivations(workload, asset, makes=makes)
         self._leases = Leases(workload)
 
     def run(self) -> None:
