@@ -363,6 +363,10 @@ def test_an_approval_travels_as_a_line(office: Office) -> None:
     for odd in ("", "isolate-approval-", made.to_text()[:-1], made.to_text().replace("A", "B", 1), "x" * 9000):
         with pytest.raises((MalformedError, UsageError)):
             Approval.from_text(odd)
+    # What would look like another thing where it is shown.
+    for changes in ({"reason": "yearly\narchive"}, {"reason": "\x1b[2J"}, {"reason": ""}, {"asset": "a\u202eb"}):
+        with pytest.raises(MalformedError):
+            office.approve(office.people[0], **changes)
 
 
 def test_what_an_export_is_not_even_asked_for(office: Office) -> None:
