@@ -78,11 +78,10 @@ def test_an_agent_signs_nothing_but_what_a_holder_signs(key: SigningKey, agent: 
 
 @pytest.mark.threat("HND-9")
 def test_another_user_is_hung_up_on(key: SigningKey, agent: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = os.umask(0o022)
-    os.umask(mask)
+    mask = os.umask(0o027)
     server = agent(key)
+    assert os.umask(mask) == 0o027  # only the socket's file was made under another
     path = Path(server.address.removeprefix("unix:"))
-    assert os.umask(mask) == mask
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     monkeypatch.setattr(agents, "_user", lambda: os.geteuid() + 1)
     signer = AgentSigner(server.address)

@@ -22,6 +22,7 @@ from isolate.capability.token import Token
 from isolate.capability.token import verify as verify_token
 from isolate.client import connect
 from isolate.client.handle import FileSigner, HandleFile, attach
+from isolate.client.handle_file import MAX_FILE
 from isolate.client.owner import Owner
 from isolate.crypto import cbor
 from isolate.crypto.signing import SigningKey, VerifyingKey
@@ -77,12 +78,34 @@ def test_what_is_no_handle_file(text: str, tmp_path: Path, key: SigningKey) -> N
         HandleFile.parse(HandleFile("t", "o", "l", "s", "e", "j", True).to_text() + "more = 1\n")
     with pytest.raises(StorageError):
         attach(tmp_path / "nothing", signer=key)
-    (tmp_path / "binary").write_bytes(b"\xff\xfe" * 100_000)
-    with pytest.raises(UsageError):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="no text"):
         attach(tmp_path / "binary", signer=key)
     for name in ("a\0b", "/\ud800"):
         with pytest.raises(StorageError):
             attach(name, signer=key)
+
+
+@pytest.mark.threat("ATT-14")
+@pytest.mark.parametrize("value", ['"false"', "1", "[true]", "2026-01-01"])
+def test_a_handle_file_takes_a_simulated_enclave_by_a_plain_true_only(file: HandleFile, value: str) -> None:
+    text = file.to_text()
+    assert text.endswith("INSECURE_accept_simulated = true\n")
+    with pytest.raises(UsageError, match="INSECURE_accept_simulated in a handle file is missing, or is no bool"):
+        HandleFile.parse(text.replace("= true", f"= {value}"))
+    with pytest.raises(UsageError, match="job in a handle file is missing, or is no str"):
+        HandleFile.parse(text.replace('"acme/job"', "1"))
+
+
+def test_a_handle_file_is_read_whole_or_not_at_all(file: HandleFile, tmp_path: Path) -> None:
+    """What is cut off could be what forbids: no file is taken for its beginning."""
+    text = file.to_text()
+    (tmp_path / "full").write_text(text + "#" * (MAX_FILE - len(text)))
+    assert HandleFile.load(tmp_path / "full") == file
+    (tmp_path / "long").write_text(text + "#" * (MAX_FILE - len(text) + 1))
+    for path in (tmp_path / "long", Path("/dev/zero")):
+        with pytest.raises(UsageError, match="too long"):
+            HandleFile.load(path)
 
 
 def test_a_handle_file_that_cannot_be_written_leaves_nothing(

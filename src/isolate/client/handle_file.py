@@ -60,13 +60,17 @@ class HandleFile:
         """Read a file of at most 64 KiB. Raises StorageError or UsageError."""
         try:
             with Path(path).open("rb") as file:
-                text = file.read(MAX_FILE).decode()
+                raw = file.read(MAX_FILE + 1)
         except OSError as error:
             raise StorageError(f"cannot read {os.fspath(path)}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UsageError("this is no handle file") from None
         except ValueError:
             raise StorageError("cannot read the handle file: no file can have this name") from None
+        if len(raw) > MAX_FILE:
+            raise UsageError("this is no handle file: it is too long")
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            raise UsageError("this is no handle file: it is no text") from None
         return cls.parse(text)
 
     def save(self, path: str | os.PathLike[str]) -> None:
