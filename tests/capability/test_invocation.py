@@ -164,6 +164,14 @@ def test_a_malformed_body_is_refused(call: Any, people: Any, place: slice, chang
         Invocation(bytes(body), people.analyst.sign(Purpose.INVOCATION, bytes(body)))
 
 
+def test_a_signature_of_another_size_is_malformed(call: Any) -> None:
+    made = call()
+    for signature in (made.signature[:63], made.signature + b"x", b""):
+        with pytest.raises(CapabilityRefused) as caught:
+            Invocation(made.body, signature)
+        assert caught.value.code == "invocation_malformed"
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -395,6 +395,8 @@ def test_good_blocks_with_other_numbers_and_sizes_of_signatures(chain: list[Any]
 def test_an_asset_that_has_no_name(people: Any, asset: Any) -> None:
     with pytest.raises(CapabilityRefused, match="malformed"):
         grant(people.owner, asset=asset, scope=Scope(operations={}), holder=people.pub(people.team))
+    longest = grant(people.owner, asset="ü" * 128, scope=Scope(operations={}), holder=people.pub(people.team))
+    assert Token.parse(longest.encode()).asset == "ü" * 128
 
 
 def test_another_version_is_refused(chain: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -125,6 +126,32 @@ def test_a_digest_names_code_schema_and_version() -> None:
         digest(first, seeded=True), digest(first, price=first), digest(first, price=second),
     ]  # fmt: skip
     assert len({same, *others}) == 10
+
+
+def one_price(number: int) -> int:
+    return number
+
+
+@operation(inputs={"number": Integer(-1, 9), "image": Array("uint8", (2, 3))}, output=Label(10), price=one_price)
+def documented(view: Any, image: Any, number: int) -> int:
+    return number
+
+
+@pytest.mark.threat("ENC-11")
+def test_a_digest_is_made_as_the_specification_says() -> None:
+    """docs/spec/operations.md, 1, byte by byte; the maps of CBOR sort their names by length."""
+    source = (
+        '@operation(inputs={"number": Integer(-1, 9), "image": Array("uint8", (2, 3))}, output=Label(10), '
+        "price=one_price)\ndef documented(view: Any, image: Any, number: int) -> int:\n    return number\n"
+    )
+    price = "def one_price(number: int) -> int:\n    return number\n"
+    parts = [
+        b"\x86\x6adocumented\x01\x82\xa2",
+        b"\x65image\x83\x65array\x65uint8\x82\x02\x03", b"\x66number\x83\x67integer\x20\x09",
+        b"\x82\x65label\x0a", bytes([0x78, len(source)]), source.encode(), b"\xf4",
+        bytes([0x78, len(price)]), price.encode(),
+    ]  # fmt: skip
+    assert documented.digest == hashlib.sha256(b"isolate/v1/operation\0" + b"".join(parts)).digest()
 
 
 def test_a_price_is_at_least_the_reply_and_at_most_an_account() -> None:

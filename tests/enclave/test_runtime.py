@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import itertools
 import json
 import os
@@ -439,6 +440,10 @@ def test_a_client_chooses_and_repeats_no_seed(realm: Any, server: Server) -> Non
     admitted = [one._admit(*_parsed(raw), BINDING, ReplayGuard(BINDING)) for one in (server, server, twin)]
     found = [one._perform(use) for one, use in zip((server, server, twin), admitted, strict=True)]
     assert found[0] == found[1] != found[2]
+    # HKDF as docs/spec/operations.md, 3 has it: over the whole invocation, and for this operation.
+    extracted = hmac.digest(bytes(32), bytes(server._seeds.expose()), "sha256")
+    info = cbor.encode(["isolate/v1/operation/seed", admitted[0].invocation.id, dice.digest])
+    assert found[0] == list(hmac.digest(extracted, info + b"\x01", "sha256")[:8])
     assert client.ask(server, dice, {"seed": b"x" * 32}).code == "bad_argument"
 
 

@@ -11,7 +11,20 @@ import pytest
 
 from isolate.capability.scope import OUTPUT_KINDS
 from isolate.enclave.operations import Aggregates as Table
-from isolate.enclave.operations import Choice, Count, Derived, Label, Mean, Scalar, Sum, Text, Vector
+from isolate.enclave.operations import (
+    Array,
+    Choice,
+    Count,
+    Derived,
+    Integer,
+    Joined,
+    Label,
+    Mean,
+    Scalar,
+    Sum,
+    Text,
+    Vector,
+)
 from isolate.enclave.replies import MAX_CODE, fit, size_of
 from isolate.enclave.values import bits
 from isolate.errors import CapabilityRefused, OutputRefused, UsageError
@@ -27,6 +40,20 @@ OUTPUTS: list[Any] = [
 def test_a_type_is_of_a_kind_that_scopes_limit(output: Any) -> None:
     assert len(output.sizes()) == len(OUTPUT_KINDS[output.kind])
     assert all(type(size) is int and size >= 0 for size in output.sizes())
+
+
+def test_schemas_are_those_of_the_specification() -> None:
+    """docs/spec/operations.md, 2 and 5: they are in the digest that a grant names."""
+    table = Table(("a", "b"), {"n": Count(5), "m": Mean(0, 9, 90), "s": Sum(-9, 9, 2)}, 7)
+    measures = {"n": ["count", 5], "m": ["mean", 0, 9, 90], "s": ["sum", -9, 9, 2]}
+    for kind, schema in (
+        (Array("uint8", (2, 3)), ["array", "uint8", [2, 3]]), (Integer(-1, 9), ["integer", -1, 9]),
+        (Choice(("b", "a")), ["choice", ["b", "a"]]), (Label(10), ["label", 10]),
+        (Scalar(0, 1, 20), ["scalar", 0, 1, 20]), (Vector(3, 0, 1, 9), ["vector", 3, 0, 1, 9]),
+        (Text(24), ["text", 24]), (table, ["aggregates", ["a", "b"], measures, 7]), (Derived(), ["derived"]),
+        (Joined("c/d"), ["joined", "c/d"]),
+    ):  # fmt: skip
+        assert kind.schema() == schema  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("output", OUTPUTS, ids=repr)
