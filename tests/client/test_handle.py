@@ -300,6 +300,15 @@ def test_a_budget_is_the_services_signed_answer(
     assert realm.code(lambda: handle.budget) == "forged_answer"
 
 
+def test_a_client_pins_the_job_its_policies_and_who_attests(owner: Owner) -> None:
+    found = owner.certificate
+    for simulated in (False, True):
+        pins = connect.expect_enclave(found, job="j", least_sequence=7, INSECURE_accept_simulated=simulated)
+        assert (pins.job, pins.lineage, pins.least_sequence) == ("j", "acme", 7)
+        assert (pins.issuer_key, pins.clock) == (found.result_key.ed25519, connect.now)
+        assert pins.INSECURE_accept_simulated is simulated
+
+
 ADDRESSES = ("", "nowhere", "tcp:a..b:1", "tcp:a\0b:1", "tcp:h:" + "1" * 5000, "unix:/a\0b", "unix:/\ud800")
 
 
@@ -364,5 +373,7 @@ def test_an_owner_works(realm: Any, owner: Owner) -> None:
     owner.set_policy(realm.policy())
     assert owner.evidence(realm.enclave().result.instance)
     assert owner.log(index=0).entry
-    assert "svc" not in repr(owner)
+    assert repr(owner) == "Owner('acme', unix:/service)"
+    with pytest.raises(UsageError, match="not copied"):
+        pickle.dumps(owner)
     assert realm.code(lambda: owner.newest("none")) == "usage"
