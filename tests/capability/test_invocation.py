@@ -43,6 +43,9 @@ def test_an_invocation_survives_its_encoding_and_verifies(call: Any, seen: Any) 
     assert (verified.operation, verified.operation_digest, verified.counter) == ("classify", DIGEST, 3)
     assert verified.token is seen
     assert verified.id == invocation.id != call(counter=4).id
+    for name in ("a", "a" * 64):
+        longest = call(operation=name, counter=2**63 - 1).encode()
+        assert Invocation.parse(longest).operation == name and len(longest) == 217 + len(name) <= 281
 
 
 @pytest.mark.threat("CAP-7")

@@ -193,12 +193,26 @@ def test_arguments_of_each_type() -> None:
         (Choice(("yes", "no")), "maybe"), (Choice(("yes", "no")), 1), (Text(2), "123456789"), (Text(2), b"x"),
         (Scalar(0, 1, 4), 5), (Scalar(0, 1, 4), -1), (Scalar(0, 1, 4), 0.5), (Scalar(0, 1, 4), True),
         (Derived(), b"x"), (Derived(), {**reference, "more": 1}), (Derived(), {**reference, "digest": bytes(31)}),
-        (Derived(), {**reference, "handle": "x"}), (Derived(), {}),
+        (Derived(), {**reference, "handle": "x"}), (Derived(), {**reference, "handle": bytes(31)}), (Derived(), {}),
+        (Joined("a"), b""), (Joined("a"), {"token": b""}), (Joined("a"), {"token": b"", "invocation": "x"}),
     ]  # fmt: skip
     for kind, value in bad:
         with pytest.raises(CapabilityRefused) as refused:
             kind.decode(value)
         assert refused.value.code == "bad_argument"
+
+
+def test_the_narrowest_and_widest_types_are_taken() -> None:
+    assert [Label(1).check(0), Label(2).check(1), Scalar(0, 1, 1).check(0.6), Choice(("a",)).check("a")] == [
+        0,
+        1,
+        1,
+        "a",
+    ]
+    assert Vector(1, 0, 1, 1).check([1]) == [1] and Text(1).check("") == ""
+    assert [size_of(Text(65536)), size_of(Vector(65536, 0, 1, 2**53))] == [262400, 590080]
+    assert size_of(Choice(("a", "x" * 300, "b"))) == 512
+    assert len(Array("uint8", (0, 3)).decode(b"")) == 0
 
 
 def test_types_that_are_none() -> None:
