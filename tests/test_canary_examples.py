@@ -41,6 +41,8 @@ def needles() -> Iterator[bytes]:
         yield from (secret, secret[::-1], secret.hex().encode(), secret.hex().upper().encode())
         for shift in range(3):
             yield base64.b64encode(bytes(shift) + secret)[4:-4]
+    # Whoever gives away a part of it, cut off wherever, gives away one of these.
+    yield from (CANARY[at : at + 16] for at in range(0, len(CANARY) - 15, 8))
     for age in AGES:
         yield age.tobytes()
         yield repr(float(age)).encode()
