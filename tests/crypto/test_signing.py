@@ -87,6 +87,19 @@ def test_notes_tokens_and_purposes_do_not_pass_for_one_another() -> None:
             KEY.sign_token(refused)
 
 
+@pytest.mark.threat("KEY-2")
+def test_a_signature_brings_no_beginning_of_another_message_along() -> None:
+    """The library reads signature and message as one: what follows a signature of 64 bytes is the message."""
+    frame, other = b"isolate/v1/capability/invocation\0", b"isolate/v1/capability/grant\0"
+    signed = KEY.sign(Purpose.INVOCATION, b"arguments" + other + b"m\n")
+    assert not PUBLIC.verify(Purpose.GRANT, b"m\n", signed + frame + b"arguments")
+    assert not signing.verify_note(PUBLIC.ed25519, b"m\n", signed + frame + b"arguments" + other)
+    signed = KEY.sign(Purpose.INVOCATION, TOKEN)
+    assert not signing.verify_token(PUBLIC.ed25519, TOKEN, signed + frame)
+    hybrid = KEY.sign_hybrid(Purpose.SEALED_DIRECTORY, b"m")
+    assert not PUBLIC.verify_hybrid(Purpose.SEALED_DIRECTORY, b"m", hybrid + b"m")
+
+
 @pytest.mark.parametrize("size", [0, 31, 33])
 def test_bare_forms_with_keys_or_signatures_of_another_size(size: int) -> None:
     assert not signing.verify_note(bytes(size), NOTE, bytes(64))
