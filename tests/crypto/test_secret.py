@@ -122,6 +122,14 @@ def test_the_context_manager_wipes_also_after_an_error(secret: Secret) -> None:
     assert view == bytes(32)
 
 
+def test_what_is_collected_is_wiped() -> None:
+    secret = Secret(VALUE)
+    memory = secret._buffer
+    del secret
+    gc.collect()
+    assert not any(memory)
+
+
 def test_collection_does_not_wipe_under_a_view_that_lives() -> None:
     """A cipher that still holds the view would otherwise go on with a key of zeros."""
     view = Secret(VALUE).expose()
