@@ -53,9 +53,21 @@ def test_pickle(secret: Secret, protocol: int) -> None:
         pickle.dumps({"nested": [secret]}, protocol)
 
 
-@pytest.mark.parametrize("leak", [copy.copy, copy.deepcopy, lambda s: copy.deepcopy([s])], ids=range(3))
+COPIES: list[Callable[[object], object]] = [
+    copy.copy,
+    copy.deepcopy,
+    lambda secret: copy.deepcopy([secret]),
+    *(lambda secret, name=name: getattr(secret, name)() for name in ("__reduce__", "__getstate__", "__copy__")),
+    lambda secret: secret.__deepcopy__({}),  # type: ignore[attr-defined]
+    *(lambda secret, protocol=protocol: object.__reduce_ex__(secret, protocol) for protocol in range(6)),
+]
+
+
+@pytest.mark.threat("KEY-8")
+@pytest.mark.parametrize("leak", COPIES, ids=range(len(COPIES)))
 def test_copies(secret: Secret, leak: Callable[[object], object]) -> None:
-    with pytest.raises(UsageError):
+    """``object``'s own ways too, which look past a class that refuses by __reduce_ex__ alone."""
+    with pytest.raises(UsageError, match="not copied"):
         leak(secret)
 
 
