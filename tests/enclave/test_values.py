@@ -213,6 +213,9 @@ def test_the_narrowest_and_widest_types_are_taken() -> None:
     assert [size_of(Text(65536)), size_of(Vector(65536, 0, 1, 2**53))] == [262400, 590080]
     assert size_of(Choice(("a", "x" * 300, "b"))) == 512
     assert len(Array("uint8", (0, 3)).decode(b"")) == 0
+    assert [Integer(-1, 9).decode(value) for value in (-1, 9)] == [-1, 9]
+    assert [Scalar(-1, 1, 4).decode(value) for value in (0, 4)] == [-1.0, 1.0]
+    assert Text(2).check("a\nü b") == "a\nü b"
 
 
 def test_types_that_are_none() -> None:
