@@ -49,6 +49,7 @@ def test_a_path_leads_back_to_its_tile(level: int | None, index: int, width: int
         "/tile/0/000",
         "tile/../0/000",
         "tile/0/\u0661\u0661\u0661",
+        "tile/0/x018/x014/x398/x509/x481/985",  # of leaves that no tree has
         "tile/0/x999/x999/x999/x999/x999/x999/999",
     ],
 )
