@@ -178,6 +178,39 @@ def test_check_2_an_invocation_for_another_channel_or_other_arguments(realm: Any
     assert not [one for one in realm.carried if one[0] == "reserve"]
 
 
+@pytest.mark.threat("ENC-12", "CAP-11")
+def test_check_2_a_captured_request_in_another_session_or_to_another_enclave(realm: Any, server: Server) -> None:
+    """Under a lease too, where the service is not asked, which refuses an invocation that it knows."""
+    client, other = Client(realm, lease=50), Server(realm.enclave(rank=1), "a/b", server._view, OPERATIONS)
+    for place in (server, other):
+        assert client.ask(place, echo, {"number": 1}).value == 1
+    captured, asked = client.request(echo, {"number": 2}), len(realm.carried)
+    assert Reply.parse(server.answer(captured, BINDING, client.replay)).value == 2
+    for place in (server, other):
+        session = b"another session".ljust(32)
+        reply = Reply.parse(place.answer(captured, session, ReplayGuard(session)))
+        assert (reply.code, reply.value) == ("holder_refused", None)
+    assert len(realm.carried) == asked
+
+
+@pytest.mark.threat("ENC-12", "CAP-12", "CAP-7")
+def test_check_2_a_deputy_with_a_wider_token_and_a_thief_without_its_key(realm: Any, server: Server) -> None:
+    wide = Client(realm)
+    narrow = wide.token.attenuate(wide.key, Scope(operations={"echo": echo.digest}))
+    used = Invoke.parse(wide.request(speak, {"words": 1}, token=narrow))
+    assert Reply.parse(server.answer(used.padded(), BINDING, wide.replay)).code == "scope_exceeded"
+    deputy = Invoke(wide.token.encode(), used.invocation, used.arguments)
+    assert Reply.parse(server.answer(deputy.padded(), BINDING, wide.replay)).code == "holder_refused"
+    thief = Client(realm)
+    stolen = Invoke.parse(thief.request(echo, {"number": 1}))
+    claimed = bytearray(stolen.invocation)
+    claimed[64 + 9 : 64 + 41] = wide.token.id  # signed for the thief's own handle, and sent as if for this one
+    for invocation in (stolen.invocation, bytes(claimed)):
+        copied = Invoke(wide.token.encode(), invocation, stolen.arguments)
+        assert Reply.parse(server.answer(copied.padded(), BINDING, thief.replay)).code == "holder_refused"
+    assert not [one for one in realm.carried if one[0] == "reserve"]
+
+
 @pytest.mark.threat("ENC-12")
 def test_check_3_a_request_sent_again_over_the_same_channel(realm: Any, server: Server) -> None:
     client = Client(realm)
