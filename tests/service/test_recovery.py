@@ -20,6 +20,7 @@ from isolate.messages.attest import Registered, RegisterRequest, Release, Releas
 from isolate.messages.base import Message, Signed
 from isolate.messages.certificate import BundleRequest, TrustBundle
 from isolate.messages.invoke import Reservation, SettleRequest
+from isolate.messages.limits import AssetLimits
 from isolate.messages.owner import AssetRule, Done, PolicyUpdate, Revoke, Rollback
 from isolate.sealed.recipients import Passphrase
 from isolate.service import keyring
@@ -96,7 +97,8 @@ def test_a_restored_state_is_recovered_and_nothing_of_before_holds(realm: Any, t
         assert (
             realm.code(lambda route=route, request=request: realm.ask(route, request, Message)) == "wrong_audience"
         )
-    # 2. Results of before are worth nothing.
+    # 2. Results of before are worth nothing, and no instance is known.
+    assert realm.rows()["instance"] == 0
     old = realm.signed_by(enclave, ReleaseRequest(bytes(32), [], bytes(32)))
     assert realm.code(lambda: realm.ask("release", old, Release)) == "no_policy"
     # 4. No policy is in force, and none that was before comes back.
@@ -176,6 +178,25 @@ def test_a_use_that_was_open_at_a_recovery_lets_nothing_out(realm: Any) -> None:
     realm.rule("a/b", readers=("reader",))
     settle = SettleRequest(reserved.invocation, 0, "")
     assert realm.code(lambda: enclave.settle(settle, reserved.invocation)) == "replayed"
+
+
+@pytest.mark.threat("BUD-5")
+def test_accounts_of_asset_and_holder_go_on_from_what_the_copy_knows(realm: Any, till: Any) -> None:
+    """Fresh grants of the next epoch begin no fresh account; what came after the copy is forgotten, and told so."""
+    holder = SigningKey.generate()
+    realm.tell("limits", AssetLimits("a/b", 3, None, 2, None))
+    assert till.use(realm.grant(holder), holder) == ""
+    copy = back_up(realm)
+    assert till.use(realm.grant(holder), holder) == ""
+    restore(realm, copy)
+    realm.open()
+    again(realm)
+    realm.set_policy()
+    realm.rule("a/b", readers=("reader",))
+    desk, stranger = type(till)(realm, realm.enclave(rank=1)), SigningKey.generate()
+    for one, expected in ((holder, ["", "budget_exhausted"]), (stranger, ["", "budget_exhausted"])):
+        token = realm.grant(one, epoch=2)
+        assert [desk.use(token, one) for _ in range(2)] == expected
 
 
 @pytest.mark.threat("SVC-70")
