@@ -27,9 +27,11 @@ import pytest
 from attrs import evolve
 
 from isolate import channel
+from isolate.client.aio import AsyncHandle
 from isolate.client.aio import attach as attach_async
-from isolate.client.handle import HandleFile, attach
+from isolate.client.handle import Handle, HandleFile, attach
 from isolate.client.signers import AgentSigner, FileSigner
+from isolate.crypto.secret import Secret
 from isolate.crypto.signing import Purpose, SigningKey
 from isolate.errors import HandshakeRefused, IsolateError, KeyFormatError, UsageError
 from isolate.messages.base import Answer, Signed
@@ -393,6 +395,25 @@ def test_what_a_signer_fails_to_sign_is_in_no_frame(things: dict[str, Any]) -> N
         error = caught(attempt, kind)
         assert [frame.f_code.co_filename.split("/")[-1] for frame in frames(error)] == ["boundary.py"]
         assert CANARY not in kept(error)
+
+
+def test_a_traceback_shows_what_was_not_finished(things: dict[str, Any], path: Path) -> None:
+    """traceback calls repr without a net: an object that has none yet would end whoever prints the error."""
+    wiped = Secret(bytes(32))
+    wiped.wipe()
+    bad = evolve(things["handle"].export(), token="isolate-token-")
+    for attempt, kind in (
+        (lambda: SigningKey(wiped), UsageError),
+        (lambda: Secret(3), TypeError),  # type: ignore[arg-type]
+        (lambda: Handle(bad, things["file signer"]), IsolateError),
+        (lambda: AsyncHandle(bad, things["file signer"]), IsolateError),
+        (lambda: AgentSigner("tcp:host:1"), UsageError),
+        (lambda: FileSigner(path.parent), IsolateError),
+    ):
+        error = caught(attempt, kind)
+        assert traceback.TracebackException.from_exception(error, capture_locals=True).stack
+    for unfinished in (Handle, AsyncHandle):
+        assert "not attached" in repr(unfinished.__new__(unfinished))
 
 
 # Memory

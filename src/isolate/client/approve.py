@@ -110,7 +110,11 @@ class Exporter:
     ) -> sealed.CompartmentKeys:
         context = answer.verify(found, request)
         with self._destination.open(answer.box, info=answer.context) as opened:
-            keys: dict[str, bytes] = cbor.decode(bytes(opened.expose()))
-        if sorted(keys) != context.compartments or any(len(key) != 32 for key in keys.values()):
+            keys = cbor.decode(bytes(opened.expose()))
+        if (
+            not isinstance(keys, dict)
+            or keys.keys() != set(context.compartments)
+            or any(type(key) is not bytes or len(key) != 32 for key in keys.values())
+        ):
             raise ReleaseRefused("the export holds other keys than it says", code="release_mismatch")
         return sealed.CompartmentKeys(facts.digest, {name: Secret(key) for name, key in keys.items()})

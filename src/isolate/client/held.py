@@ -50,11 +50,10 @@ class Held(NotCopied):
     INSTEAD: ClassVar[str] = "pass its export(), and attach it there"
 
     def __init__(self, file: HandleFile, signer: Signer) -> None:
-        self._file, self._signer = file, signer
+        self._file, self._signer, self._counter = file, signer, 0
+        self._seen: shown.Seen | None = None
         self._token = Token.from_text(file.token)
         self._owner = VerifyingKey.parse(file.owner)
-        self._counter = 0
-        self._seen: shown.Seen | None = None
         key = getattr(signer, "verifying_key", None)
         if not isinstance(key, VerifyingKey):
             raise UsageError("this is no signer", hint="isolate.FileSigner(path) or isolate.AgentSigner(address)")
@@ -198,6 +197,8 @@ class Held(NotCopied):
         """Drop what a forked child must not share with its parent."""
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_token"):
+            return f"<{type(self).__name__}, not attached>"  # in a traceback with locals
         return shown.text(type(self).__name__, self._token, self._seen, now=time.monotonic())
 
     def _repr_html_(self) -> str:

@@ -69,10 +69,10 @@ class AgentSigner:
     __slots__ = ("__weakref__", "_address", "_key", "_path", "_sock", "_turn")
 
     def __init__(self, address: str) -> None:
-        kind, where = parse_address(address)
+        self._address = address
+        kind, self._path = parse_address(address)
         if kind != "unix":
             raise UsageError("an agent listens on a Unix socket", hint="unix:/path")
-        self._address, self._path = address, where
         self._key: VerifyingKey | None = None
         self._sock: socket.socket | None = None
         self._turn = threading.Lock()

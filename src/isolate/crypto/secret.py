@@ -96,7 +96,8 @@ class Secret:
             buffer[:] = bytes(len(buffer))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self._buffer)} bytes, hidden)"
+        # An instance whose __init__ raised has no buffer, and a traceback with locals shows it.
+        return f"{type(self).__name__}({len(getattr(self, '_buffer', b''))} bytes, hidden)"
 
     __str__ = __repr__
 

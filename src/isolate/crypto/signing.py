@@ -373,7 +373,8 @@ class SigningKey:
         return self.sign(purpose, message) + public + self._mldsa65.sign(_framed(purpose, message))
 
     def __repr__(self) -> str:
-        return f"SigningKey({self.verifying_key})"
+        # An instance whose __init__ raised has none, and a traceback with locals shows it.
+        return f"SigningKey({getattr(self, 'verifying_key', 'not finished')})"
 
     def _refuse(self, *_: object) -> NoReturn:
         raise UsageError("a signing key is not copied or pickled", hint="open its file again")
