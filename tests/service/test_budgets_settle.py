@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from isolate import sealed
 from isolate.capability.scope import Scope
 from isolate.crypto import cbor, merkle
 from isolate.crypto.signing import SigningKey
-from isolate.errors import IsolateError, LogRefused
+from isolate.errors import IsolateError, LogRefused, Revoked
 from isolate.messages.attest import Registered
 from isolate.messages.derive import DeriveRequest, derived_name
 from isolate.messages.invoke import Budget, Receipt, SettleRequest
@@ -167,6 +168,42 @@ def test_two_enclaves_at_once_never_overspend_together(realm: Any, tills: Any, h
     assert (codes.count(""), len(codes)) == (7, 12)
     assert set(codes) == {"", "budget_exhausted"}
     assert tills[0].left(token, holder) == Budget(0, 0)
+
+
+@pytest.mark.threat("SVC-19")
+def test_check_8_by_many_at_once_a_use_is_settled_once(realm: Any, till: Any, holder: SigningKey) -> None:
+    token = realm.grant(holder, bytes_out=1000)
+    number = till.reserve(realm.use(token, holder, bytes_out=800)).invocation
+    asked = [realm.signed_by(till.enclave, SettleRequest(number, size, "")) for size in (0, 100, 800, 0, 400, 1)]
+
+    def settle(one: Any) -> Any:
+        try:
+            return realm.ask("settle", one, Receipt).bytes_out
+        except IsolateError as error:
+            return error.code
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(settle, asked))
+    (size,) = (one for one in found if one != "replayed")
+    assert till.left(token, holder).bytes_out == 1000 - size
+
+
+@pytest.mark.threat("SVC-18")
+def test_check_10_no_receipt_comes_after_a_revocation_that_races_with_it(
+    realm: Any, till: Any, holder: SigningKey
+) -> None:
+    for _ in range(3):
+        token = realm.grant(holder)
+        numbers = [till.reserve(realm.use(token, holder)).invocation for _ in range(5)]
+        asked = [realm.signed_by(till.enclave, SettleRequest(one, 256, "")) for one in numbers]
+        tasks: list[Any] = [lambda one=one: realm.ask("settle", one, Receipt).log_index for one in asked]
+        tasks.insert(2, lambda token=token: realm.tell("revoke", Revoke(token.id)).log_index)
+        with ThreadPoolExecutor(len(tasks)) as pool:
+            done = [pool.submit(task) for task in tasks]
+        ended = done.pop(2).result()
+        for one in done:
+            error = one.exception()
+            assert one.result() < ended if error is None else isinstance(error, Revoked)
 
 
 def _moved(receipt: Receipt, entry: bytes, proof: InclusionProof) -> Receipt:
