@@ -141,6 +141,13 @@ def test_without_the_opt_in_of_the_grant_every_use_is_asked_for(realm: Any, serv
         assert asked() == ["reserve", "settle"] * 2
 
 
+def test_one_use_is_no_lease_and_two_are(realm: Any, server: Server, asked: Any) -> None:
+    for lease, routes in ((1, ["reserve", "settle"] * 2), (2, ["lease", "settle"])):
+        client = Client(realm, lease=lease)
+        assert [client.ask(server, echo, number=1) for _ in range(2)] == [1, 1]
+        assert asked() == routes
+
+
 @pytest.mark.threat("BUD-12")
 def test_a_revoked_handle_goes_on_to_the_end_of_its_lease_and_no_longer(
     realm: Any, server: Server, asked: Any

@@ -535,7 +535,7 @@ class FakeChannel:
 
 @pytest.mark.threat("ENC-14")
 def test_silent_and_refused_clients_keep_nobody_else_out(
-    realm: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+    realm: Any, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client = Client(realm)
     good = FakeChannel(client.request(echo, {"number": 7}))
@@ -559,6 +559,11 @@ def test_silent_and_refused_clients_keep_nobody_else_out(
     thread.join(20)
     assert all(one.closed for one in silent)
     assert silenced == [True]
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    events = [(one.pop("event"), one) for one in said]
+    assert ("serving", {"asset": "a/b", "operations": sorted(one.name for one in OPERATIONS)}) in events
+    assert events.count(("channel_accepted", {"peer_pid": 1})) == len(silent) + 1
+    assert [one["code"] for name, one in events if name == "client_refused"].count("handshake_refused") == 3
 
 
 def test_a_refusal_by_the_service_can_be_explained_by_its_number(realm: Any, server: Server) -> None:
