@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import errno
+import gc
 import pickle
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +162,24 @@ def test_narrowing_is_offline_and_never_widens(file: HandleFile, key: SigningKey
     with pytest.raises(ScopeExceeded):
         attach(narrowed, signer=other).attenuate(operations=["more"])
     assert len(realm.carried) == before
+
+
+def test_an_error_is_gone_when_nobody_holds_it(file: HandleFile, key: SigningKey) -> None:
+    """With what its traceback holds: the caller's frames, and their locals. No round of gc is waited for."""
+    handle, asked = attach(file, signer=key), asyncio.run(isolate.aio.attach(file, signer=key))
+    gone = []
+    gc.disable()
+    try:
+        for attempt in (lambda: handle.invoke("none"), lambda: asked.invoke("none").send(None)):
+            with contextlib.suppress(ScopeExceeded):
+                try:
+                    attempt()
+                except ScopeExceeded as error:
+                    gone.append(weakref.ref(error))
+                    raise
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_using(file: HandleFile, key: SigningKey, wires: list[Any]) -> None:

@@ -39,7 +39,7 @@ class AsyncHandle(Held):
     """A Handle whose ``invoke``, ``budget`` and ``close`` are awaited. ``aio.attach`` makes it.
 
     A task that is cancelled in the middle of an invocation ends the channel, and the next use opens another; so
-    does use from another event loop, and from a forked child.
+    does use from another event loop, and from a forked child, which needs a loop of its own.
     """
 
     __slots__ = ("_channel", "_loop", "_turn")
