@@ -22,7 +22,7 @@ from isolate.enclave.runtime import Server
 from isolate.errors import ServiceUnavailable
 from isolate.messages.base import Answer, Signed
 from isolate.messages.invoke import Invoke, Reply, ReserveRequest
-from isolate.messages.lease import Lease, LeaseRequest
+from isolate.messages.lease import MAX_LEASED, Lease, LeaseRequest
 from isolate.messages.owner import Revoke
 
 BINDING = b"b" * 32
@@ -46,7 +46,16 @@ def slow(view: Any) -> int:
     return 7
 
 
-OPERATIONS = [echo, failing, slow]
+def dear(number: int) -> int:
+    return 1000 * number
+
+
+@operation(inputs={"number": Integer(0, 9)}, output=Label(10), price=dear)
+def priced(view: Any, number: int) -> int:
+    return number
+
+
+OPERATIONS = [echo, failing, slow, priced]
 
 
 class Client:
@@ -199,6 +208,20 @@ def test_a_lease_is_good_for_one_handle_one_operation_and_one_process(
         for fresh in (["lease", "settle"], []):
             client.ask(place, what, token, **arguments)
             assert asked() == fresh
+
+
+@pytest.mark.threat("BUD-13")
+def test_a_lease_of_cheap_uses_pays_for_no_dear_one(realm: Any, server: Server, asked: Any) -> None:
+    client = Client(realm, lease=2, bytes_out=2 * 1000 + 2 * 4000)
+    codes = [client.ask(server, priced, number=number) for number in (1, 4, 1, 4, 4)]
+    assert codes == [1, 4, 1, 4, "budget_exhausted"]
+    assert [(one["uses"], one["bytes_out"]) for one in realm.entries("lease")] == [(2, 1000), (2, 4000)]
+
+
+def test_an_enclave_asks_for_no_larger_lease_than_there_is(realm: Any, server: Server, asked: Any) -> None:
+    client = Client(realm, lease=10**6)
+    assert client.ask(server, echo, number=5) == 5
+    assert [one["uses"] for one in realm.entries("lease")] == [MAX_LEASED]
 
 
 @pytest.mark.threat("BUD-13")
