@@ -275,36 +275,27 @@ def test_the_keys_open_for_the_destination_and_in_their_context_only(named: Offi
     assert refused.value.code == "service_uncertified"
 
 
-GOOD = {"*": bytes(32), "main": bytes(32)}
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {},
-        {"main": bytes(32)},
-        GOOD | {"main": bytes(31)},
-        GOOD | {"main": 3},
-        GOOD | {"more": bytes(32)},
-        ["*", "main"],
-    ],
-)
-def test_an_export_that_holds_other_keys_than_it_says(named: Office, keys: Any) -> None:
+def test_an_export_that_holds_other_keys_than_it_says(named: Office) -> None:
     """Signed by the certified service, with its own box: what it says is compared with what opens."""
+    good, facts = {"*": bytes(32), "main": bytes(32)}, sealed.public_facts(named.path)
+    sent: list[Any] = [
+        {}, {"main": bytes(32)}, good | {"main": bytes(31)}, good | {"main": 3}, good | {"more": bytes(32)},
+        [*good],
+    ]  # fmt: skip
 
     def courier(route: str, body: bytes) -> tuple[int, bytes]:
         status, found = named.realm.serve(route, body)
         if route == "export":
             context = ExportContext.parse(Export.parse(found).context)
-            assert context.compartments == [*GOOD]
-            found = Export.make(context, keys, named.realm.state.keys.release).encode()
+            assert context.compartments == [*good]
+            found = Export.make(context, sent[0], named.realm.state.keys.release).encode()
         return status, found
 
     named.realm.courier = courier
-    exporter = named.exporter([named.approve(one) for one in named.people[:2]])
-    with pytest.raises(RefusedError) as refused:
-        exporter.unlock(sealed.public_facts(named.path))
-    assert refused.value.code == "release_mismatch"
+    while sent:
+        exporter = named.exporter([named.approve(one) for one in named.people[:2]])
+        assert named.realm.code(lambda exporter=exporter: exporter.unlock(facts)) == "release_mismatch"
+        del sent[0]
 
 
 @pytest.mark.threat("EXP-4")
