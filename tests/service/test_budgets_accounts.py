@@ -63,6 +63,12 @@ def test_who_is_given_handles_by_several_has_one_cap(realm: Any, till: Any, hold
     assert [till.use(one, friend) for one in (*given, given[0])] == ["", "", "", "budget_exhausted"]
     # Of three handles one was the other's: he has two uses left, and the first one has spent two.
     assert [till.left(realm.grant(one), one).uses for one in (holder, other)] == [1, 2]
+    # Who stands twice in a chain is charged once.
+    there, third = passed_on(realm.grant(other), other)
+    back = there.attenuate(third, Scope(), other.verifying_key.ed25519)
+    again = back.attenuate(other, Scope(), third.verifying_key.ed25519)
+    assert till.use(again, third) == ""
+    assert [till.left(realm.grant(one), one).uses for one in (other, third)] == [1, 2]
 
 
 def test_each_asset_has_accounts_of_its_own(realm: Any, till: Any, holder: SigningKey) -> None:
