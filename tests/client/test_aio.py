@@ -12,7 +12,6 @@ import pytest
 
 import isolate
 from isolate.capability.invocation import Invocation
-from isolate.client.handle import HandleFile
 from isolate.client.signers import AgentSigner
 from isolate.crypto.signing import SigningKey
 from isolate.errors import BudgetExhausted, ChannelError, HolderRefused, MalformedError, ScopeExceeded, UsageError
@@ -39,17 +38,17 @@ def test_using(house: Any, key: SigningKey, agent: Any, tmp_path: Path) -> None:
                 await handle.invoke("none")
             with pytest.raises(UsageError):
                 await handle.invoke("op", number=1.5)
-            narrowed = handle.attenuate(uses=1)
-            assert isinstance(narrowed, HandleFile) and handle.export() != narrowed
+            async with handle.attenuate(uses=1) as small:
+                assert small.scope.uses == 1 and await small.invoke("op", number=1) == 1
             house.answer = lambda _: Reply("budget_exhausted", None, "request-1")
             with pytest.raises(BudgetExhausted) as refused:
                 await handle.invoke("op", number=1)
             assert refused.value.request_id == "request-1"
         with pytest.raises(HolderRefused):
-            await isolate.aio.attach(narrowed, signer=SigningKey.generate())
+            await isolate.aio.attach(handle.export(), signer=SigningKey.generate())
 
     asyncio.run(use())
-    assert house.channels == 1
+    assert house.channels == 2
 
 
 @pytest.mark.threat("HND-7")

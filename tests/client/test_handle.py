@@ -161,7 +161,17 @@ def test_narrowing_is_offline_and_never_widens(file: HandleFile, key: SigningKey
     assert repr(attach(narrowed, signer=other)) == "<Handle on a/b: op; at most 9 uses>"
     with pytest.raises(ScopeExceeded):
         attach(narrowed, signer=other).attenuate(operations=["more"])
+    for passed_on in (handle.attenuate(holder=key.verifying_key.ed25519), narrowed):
+        assert isinstance(passed_on, HandleFile)  # to pass on: whether it is one's own key is not guessed
     assert len(realm.carried) == before
+
+
+def test_a_narrower_handle_of_ones_own_is_used_at_once(file: HandleFile, key: SigningKey) -> None:
+    handle = attach(file, signer=key)
+    small = handle.attenuate(operations=["op"], uses=2)
+    assert repr(small) == "<Handle on a/b: op; at most 2 uses>"
+    assert small.id != handle.id and Token.from_text(small.export().token).handles[0] == handle.id
+    assert attach(small.export(), signer=key).id == small.id
 
 
 def test_an_error_is_gone_when_nobody_holds_it(file: HandleFile, key: SigningKey) -> None:

@@ -54,7 +54,7 @@ def test_no_limit_is_left_out(owner: Owner, key: SigningKey) -> None:
     assert each.keys() | {"operations"} == {one.name for one in fields(Scope)}
     opted = granted(owner, key, lease=99)
     for name, value in each.items():
-        narrowed = attach(opted.attenuate(**{name: value}), signer=key)
+        narrowed = opted.attenuate(**{name: value})  # type: ignore[misc]
         for limited in (granted(owner, key, **({"lease": 99} | {name: value})), narrowed):
             assert limited._repr_html_() != opted._repr_html_(), name
             # How often it may be passed on is no limit of a use: it stands in the table only.
@@ -63,7 +63,7 @@ def test_no_limit_is_left_out(owner: Owner, key: SigningKey) -> None:
 
 def test_a_lease_is_shown_where_there_is_one(owner: Owner, key: SigningKey) -> None:
     def narrowed(handle: Handle, lease: int) -> str:
-        return repr(attach(handle.attenuate(lease=lease), signer=key))
+        return repr(handle.attenuate(lease=lease))
 
     opted, plain = granted(owner, key, lease=64), granted(owner, key)
     assert "leases of at most 9 uses" in narrowed(opted, 9)

@@ -83,9 +83,12 @@ def delegate(
 ) -> None:
     """Narrow a handle and pass it on, offline; nothing can be widened. The last word printed is its id."""
     names = [name for text in operations for name in text.split(",") if name]
-    with attach(file, signer=open_signer(signer)) as handle:
+    mine = open_signer(signer)
+    with attach(file, signer=mine) as handle:
         narrowed = handle.attenuate(
-            operations=names or None, holder=limits.holder(holder) if holder else None, **limits.scope_limits(given)
+            operations=names or None,
+            holder=limits.holder(holder) if holder else mine.verifying_key.ed25519,
+            **limits.scope_limits(given),
         )
     narrowed.save(output)
     click.echo(f"delegated {output}, handle: {Token.from_text(narrowed.token).id.hex()}")

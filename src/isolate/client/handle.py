@@ -1,8 +1,8 @@
 """A handle: what a user holds instead of the data.
 
     handle = isolate.attach("team.handle", signer=isolate.FileSigner("me.key"))
-    analyst = handle.attenuate(operations=["classify"], uses=10, holder=analyst_public_key)
-    handle.invoke("classify", image=x)
+    small = handle.attenuate(operations=["classify"], uses=10)
+    small.invoke("classify", image=x)
 
     >>> attach("/nonexistent/team.handle", signer=None)
     Traceback (most recent call last):

@@ -7,8 +7,8 @@
     >>> token = grant(owner, asset="digits", scope=Scope(operations={"classify": bytes(32)}, uses=100),
     ...     holder=me.verifying_key.ed25519)
     >>> file = HandleFile(token.to_text(), str(owner.verifying_key), "acme", "unix:/s", "unix:/e", "job", False)
-    >>> Held(file, me)
-    <Held on digits: classify; at most 100 uses>
+    >>> Held(file, me).attenuate(uses=10)
+    <Held on digits: classify; at most 10 uses>
 
 No field of it holds a key: the key is the signer's. Spec: docs/spec/capability.md, sections 3 and 4.
 """
@@ -19,7 +19,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, TypedDict, Unpack, overload
 
 from attrs import evolve
 
@@ -39,6 +39,21 @@ from isolate.messages.http import error_of
 from isolate.messages.invoke import Budget, BudgetRequest, Invoke, Reply, encode_argument
 
 _KIND = CapabilityRefused.default_code  # of a refusal whose code names no class
+
+
+class Limits(TypedDict, total=False):
+    """Those of a Scope beside its operations."""
+
+    uses: int | None
+    bytes_out: int | None
+    rates: Mapping[int, int] | None
+    parameters: Mapping[str, Mapping[str, Constraint]] | None
+    outputs: Mapping[str, tuple[int, ...]] | None
+    minimum_group: int | None
+    not_before: int | None
+    expires: int | None
+    depth: int | None
+    lease: int | None
 
 
 class Held(NotCopied):
@@ -71,24 +86,19 @@ class Held(NotCopied):
         """What the token allows, all its blocks together. Only enclave and service decide by it."""
         return self._token.scope
 
+    @overload
+    def attenuate(
+        self, *, operations: Sequence[str] | None = None, holder: None = None, **limits: Unpack[Limits]
+    ) -> Self: ...
+    @overload
+    def attenuate(
+        self, *, operations: Sequence[str] | None = None, holder: bytes, **limits: Unpack[Limits]
+    ) -> HandleFile: ...
     @bare
     def attenuate(
-        self,
-        *,
-        operations: Sequence[str] | None = None,
-        uses: int | None = None,
-        bytes_out: int | None = None,
-        rates: Mapping[int, int] | None = None,
-        parameters: Mapping[str, Mapping[str, Constraint]] | None = None,
-        outputs: Mapping[str, tuple[int, ...]] | None = None,
-        minimum_group: int | None = None,
-        not_before: int | None = None,
-        expires: int | None = None,
-        depth: int | None = None,
-        lease: int | None = None,
-        holder: bytes | None = None,
-    ) -> HandleFile:
-        """A narrower handle, offline, for ``holder`` (Ed25519, 32 bytes; this one's when not given).
+        self, *, operations: Sequence[str] | None = None, holder: bytes | None = None, **limits: Unpack[Limits]
+    ) -> Self | HandleFile:
+        """A narrower handle, offline: another of yours, or for a ``holder`` (Ed25519, 32 bytes) the file of theirs.
 
         ``operations`` are names that this handle has; the other limits are those of a Scope. What is not given is
         inherited; nothing can be widened. Raises ScopeExceeded for an operation that it does not have,
@@ -100,12 +110,9 @@ class Held(NotCopied):
         if operations is not None and (unknown := set(operations) - set(mine)):
             raise ScopeExceeded(f"this handle has no operation {', '.join(sorted(map(str, unknown)))}")
         kept = None if operations is None else {name: mine[name] for name in operations}
-        scope = Scope(
-            operations=kept, parameters=parameters, outputs=outputs, uses=uses, bytes_out=bytes_out, rates=rates,
-            minimum_group=minimum_group, not_before=not_before, expires=expires, depth=depth,
-            lease=lease,
-        )  # fmt: skip
-        return evolve(self._file, token=self._token.attenuate(self._signer, scope, holder).to_text())
+        token = self._token.attenuate(self._signer, Scope(operations=kept, **limits), holder)
+        file = evolve(self._file, token=token.to_text())
+        return file if holder is not None else type(self)(file, self._signer)
 
     def export(self) -> HandleFile:
         """The handle as a file's content, to attach again elsewhere: it may be pickled, and holds no key."""
