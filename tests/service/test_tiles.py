@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from attrs import evolve
 from click.testing import CliRunner
 
 from isolate.cli import log as command
@@ -281,6 +282,26 @@ def test_the_command_remembers_and_keeps_what_convicts(realm: Any, run: Any, tmp
     # A memory that somebody else wrote is none.
     seen.write_text(sign_checkpoint(SigningKey.generate(), "isolate/svc/1", 1, bytes(32)))
     assert isinstance(run("--remember", str(seen)).exception, LogRefused)
+
+
+def test_a_recovery_is_accepted_with_a_good_log_only(
+    realm: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, before = tmp_path / "seen", tmp_path / "seen.before-2"
+    accept = ("--remember", str(seen), "--accept-epoch", "2")
+    assert run("--remember", str(seen)).exit_code == 0
+    kept = seen.read_text()
+    found = command.certificate
+    monkeypatch.setattr(command, "certificate", lambda *given: evolve(found(*given), epoch=2))
+    key = realm.state.log_key
+    root = Checkpoint.verify(kept, "isolate/svc/1", key.verifying_key.ed25519).root
+    new = sign_checkpoint(key, "isolate/svc/2", 1, root)
+    # Not yet accepted; accepted, but the log is still that of before.
+    assert run(*accept[:2], checkpoint=new.encode()).exception.code == "log_recovered"
+    assert isinstance(run(*accept).exception, LogRefused)
+    assert (seen.read_text(), before.exists()) == (kept, False)
+    assert run(*accept, checkpoint=new.encode()).exit_code == 0
+    assert (seen.read_text(), before.read_text()) == (new, kept)
 
 
 def test_the_command_says_what_it_cannot_see(run: Any) -> None:

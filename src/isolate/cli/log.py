@@ -58,6 +58,7 @@ def verify(
     known = [Witness.parse(text) for text in witnesses]
     wanted = len(known) if quorum is None else quorum
     found = certificate(service, VerifyingKey.parse(owner), lineage)
+    before: str | None = None  # what was remembered of the log before a recovery
     text = None if remember is None else read_checkpoint(remember)
     if remember is not None and text is not None and is_before(text, found.name, found.epoch):
         if accept_epoch != found.epoch:
@@ -66,10 +67,7 @@ def verify(
                 code="log_recovered",
                 hint=f"ask the owner; if that is so, say --accept-epoch {found.epoch}",
             )
-        kept = f"{remember}.before-{found.epoch}"
-        Path(remember).rename(kept)
-        click.echo(f"what was remembered of the log before is in {kept}: keep it", err=True)
-        text = None
+        text, before = None, text
     auditor = Auditor(
         lambda path, most: fetch(service, f"/log/{path}", most=most),
         origin=found.origin,
@@ -87,6 +85,10 @@ def verify(
             error.hint = f"what it showed is in {evidence}: keep both"
         raise
     if remember is not None:
+        if before is not None:
+            kept = f"{remember}.before-{found.epoch}"
+            write_checkpoint(kept, before)
+            click.echo(f"what was remembered of the log before is in {kept}: keep it", err=True)
         write_checkpoint(remember, report.checkpoint.text)
     _print(report, remember, bool(known), as_json)
 
