@@ -165,6 +165,23 @@ def test_a_host_that_swaps_what_was_made_is_refused(realm: Any, serve: Callable[
     assert team.ask(fresh, token, total, model=two).value == 18
 
 
+def test_four_are_held_open_and_the_one_that_was_not_used_goes(realm: Any, serve: Callable[[], Server]) -> None:
+    server, team = serve(), Person()
+    token = realm.grant(team.key, operations=GRANTED)
+    made = [team.ask(server, token, finetune, add=add).value for add in range(6)]
+
+    def use(*which: int) -> int:
+        """How many of them the service has to release again."""
+        before = len(realm.entries("release"))
+        assert [team.ask(server, token, total, model=made[one]).value for one in which] == [
+            10 + 4 * n for n in which
+        ]
+        return len(realm.entries("release")) - before
+
+    assert [use(0, 1, 2, 3), use(0, 1, 2, 3), use(0, 4), use(0, 2, 3, 4), use(1)] == [4, 0, 1, 0, 1]
+    assert len(server._derived._open) == 4
+
+
 def test_an_asset_whose_name_leaves_no_room_for_a_derived_one(serve: Callable[[], Server]) -> None:
     """Else its uses would be charged, sealed and registered before the reply turns out too short."""
     workload = serve()._workload

@@ -134,7 +134,9 @@ class Client:
         raw = server.answer(self.request(operation, arguments or {}, **changes), BINDING, self.replay)
         assert len(raw) == operation.reply_size
         assert CANARY.encode() not in raw
-        return Reply.parse(raw)
+        reply = Reply.parse(raw)
+        assert 14 <= len(reply.request_id) <= 16
+        return reply
 
 
 @pytest.fixture
