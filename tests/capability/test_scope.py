@@ -114,6 +114,7 @@ def test_a_limited_argument_must_be_there_and_within(arguments: dict[str, object
         scope.check_arguments("score", arguments)
     scope.check_arguments("classify", arguments)
     scope.check_arguments("score", {"top": 10, "other": object()})
+    Scope().check_arguments("score", arguments)
 
 
 def test_choices_take_values_of_the_same_type_only() -> None:
