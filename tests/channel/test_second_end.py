@@ -141,9 +141,10 @@ class SecondEnd:
         self.identity = identity
         self.curve = X25519PrivateKey.generate()
         self.signing = Ed25519PrivateKey.generate()
+        self.sign = self.signing.sign
         if identity is not None:
             self.curve = X25519PrivateKey.from_private_bytes(identity.static.expose())
-            self.signing = identity.sign._ed25519
+            self.sign = identity.sign._sign  # bare: the frame is made here
         self.static = self.curve.public_key().public_bytes_raw()
         self.ephemeral = X25519PrivateKey.generate()
         self.lattice = MLKEM768PrivateKey.generate()
@@ -265,7 +266,7 @@ class SecondEnd:
             sign = self.identity.sign.verifying_key.to_bytes()
             shown = cbor({"token": self.identity.token, "keys": keys, "sign": sign, "evidence": b""})
         message = b"isolate/v1/" + purpose + b"\0" + self.statement(role, before, shown)
-        return cbor({"shown": shown, "signature": self.signing.sign(message)})
+        return cbor({"shown": shown, "signature": self.sign(message)})
 
     def verify(self, role: str, before: bytes, body: bytes) -> dict[str, Any]:
         signed = cbor2.loads(body)

@@ -122,6 +122,7 @@ def test_libsodium_and_openssl_make_one_signature(size: int, monkeypatch: pytest
 def test_what_libsodium_signs_with_is_wiped_with_its_key() -> None:
     assert signing.SODIUM is not None
     key = SigningKey(Secret(SEED))
+    assert key._ed25519 is None  # no second copy, in OpenSSL's memory
     memory = signing.SODIUM[0].buffer(key._sodium)
     assert memory[32:] == key.verifying_key.ed25519 and any(memory[:32])
     del key

@@ -304,10 +304,12 @@ class SigningKey:
             raise UsageError(f"a signing key is made of {SEED_SIZE} bytes, not {len(seed)}")
         self._seed = seed
         with derive(seed, Label.SIGNING_ED25519) as classical, derive(seed, Label.SIGNING_MLDSA65) as lattice:
-            self._ed25519 = Ed25519PrivateKey.from_private_bytes(classical.expose())
-            self._mldsa65 = MLDSA65PrivateKey.from_seed_bytes(lattice.expose())
-            public = self._ed25519.public_key().public_bytes_raw()
+            ed25519 = Ed25519PrivateKey.from_private_bytes(classical.expose())
+            public = ed25519.public_key().public_bytes_raw()
             self._sodium = _sodium_key(classical, public)
+            # One library keeps it.
+            self._ed25519 = ed25519 if self._sodium is None else None
+            self._mldsa65 = MLDSA65PrivateKey.from_seed_bytes(lattice.expose())
         digest = hashlib.sha256(self._mldsa65.public_key().public_bytes_raw()).digest()
         self.verifying_key = VerifyingKey(public, digest)
 
@@ -341,7 +343,7 @@ class SigningKey:
         self._seed.wipe()
 
     def _sign(self, message: bytes) -> bytes:
-        if self._sodium is None:
+        if self._ed25519 is not None:
             return self._ed25519.sign(message)
         return nacl.bindings.crypto_sign(message, self._sodium)[:ED25519_SIGNATURE]
 
