@@ -141,8 +141,9 @@ def test_a_root_is_kept_in_a_file(world: Any, tmp_path: Any) -> None:
     again = SimulatedRoot.load(path, clock=lambda: NOW)
     document = again.module("m").document({0: b"a" * 48, 1: b"b" * 48, 2: b"c" * 48}, b"", b"")
     assert verify(document, at=NOW, anchors=[world.root.fingerprint]).product == "simulated"
-    with pytest.raises(StorageError):
-        world.root.save(path)
+    for nowhere in (path, tmp_path, "a\0b"):
+        with pytest.raises(StorageError):
+            world.root.save(nowhere)
     with pytest.raises(StorageError):
         SimulatedRoot.load(tmp_path / "none")
     (tmp_path / "bad").write_bytes(b"nothing")

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import errno
 import gc
+import os
 import pickle
 import threading
 import weakref
@@ -120,11 +121,11 @@ def test_a_handle_file_that_cannot_be_written_leaves_nothing(
     with pytest.raises(StorageError, match="no text"):
         evolve(file, job="\ud800").save(tmp_path / "odd")
 
-    def full(_: HandleFile) -> str:
+    def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     file.save(tmp_path / "good")
-    monkeypatch.setattr(HandleFile, "to_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="No space"):
         file.save(tmp_path / "full")
     with pytest.raises(StorageError, match="exists"):

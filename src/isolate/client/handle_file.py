@@ -19,6 +19,7 @@ from typing import Self
 
 from attrs import field, frozen
 
+from isolate.crypto.signing import write_new_file
 from isolate.errors import StorageError, UsageError
 
 _FIELDS = {
@@ -76,20 +77,10 @@ class HandleFile:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a new file. Raises StorageError, also when there is one; none is left half-written."""
         try:
-            file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115 (what fails here has made no file)
-        except FileExistsError:
-            raise StorageError(f"{os.fspath(path)} exists already", hint="choose another name") from None
-        except OSError as error:
-            raise StorageError(f"cannot write {os.fspath(path)}: {error.strerror}") from None
-        except ValueError:
-            raise StorageError("cannot write the handle file: no file can have this name") from None
-        try:
-            with file:
-                file.write(self.to_text())
-        except (OSError, UnicodeEncodeError) as error:
-            Path(path).unlink(missing_ok=True)
-            why = error.strerror if isinstance(error, OSError) else "what it says is no text"
-            raise StorageError(f"cannot write {os.fspath(path)}: {why}") from None
+            data = self.to_text().encode()
+        except UnicodeEncodeError:
+            raise StorageError(f"cannot write {os.fspath(path)}: what it says is no text") from None
+        write_new_file(path, data, mode=0o666)
 
     def to_text(self) -> str:
         """What ``parse`` reads."""

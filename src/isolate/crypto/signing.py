@@ -183,17 +183,22 @@ def write_key_file(path: str | os.PathLike[str], comment: str, line: str) -> Non
     Raises StorageError; then no half-written file is left.
     """
     text = "".join(f"# {part}\n" for part in comment.splitlines()) + line + "\n"
+    write_new_file(path, text.encode("ascii"), mode=0o600)
+
+
+def write_new_file(path: str | os.PathLike[str], data: bytes, *, mode: int) -> None:
+    """Write a file that is not there yet, synced, and whole or not at all. Raises StorageError."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     except FileExistsError:
         raise StorageError(f"{os.fspath(path)} exists already", hint="choose another name") from None
     except OSError as error:
         raise StorageError(f"cannot write {os.fspath(path)}: {error.strerror}") from None
     except ValueError:
-        raise StorageError("cannot write the key file: no file can have this name") from None
+        raise StorageError("cannot write the file: no file can have this name") from None
     try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -23,6 +23,7 @@ from typing import Self
 from isolate.attestation.verifiers.cose import signed_bytes
 from isolate.attestation.verifiers.simulated import FIELDS, PROTECTED, REGISTER_SIZE, REGISTERS, TIER
 from isolate.crypto import cbor, x509
+from isolate.crypto.signing import write_new_file
 from isolate.errors import KeyFormatError, MalformedError, StorageError, UsageError
 
 ROOT_LIFETIME = 10 * 365 * 86400  # seconds
@@ -66,14 +67,7 @@ class SimulatedRoot:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write key and certificate (PEM) to a new file that only its owner may read. Raises StorageError."""
         pem = self._key.to_pem() + x509.pem(self.certificate)
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(pem)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise StorageError(f"cannot write {os.fspath(path)}: {error.strerror}") from None
+        write_new_file(path, pem, mode=0o600)
 
     @property
     def fingerprint(self) -> bytes:
