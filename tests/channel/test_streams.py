@@ -443,7 +443,7 @@ def test_a_killed_peer_is_a_cut_though_its_child_lives_on(world: Any, address: s
 
 def test_addresses_that_are_none(world: Any, tmp_path: Path) -> None:
     options = {"identity": world.attested(0), "expect": world.expect(1)}
-    for wrong in ("", "tcp:host", "tcp:host:99999", "udp:h:1", "unix:", f"unix:/{'x' * 200}", "tcp::1"):
+    for wrong in ("", "tcp:host", "tcp:host:99999", "udp:h:1", "unix:", f"unix:/{'x' * 200}", "tcp::1", "tcp:[]:1"):
         with pytest.raises(UsageError):
             channel.connect(wrong, **options)
     with pytest.raises(UnavailableError):

@@ -51,13 +51,13 @@ BACKLOG = 1024
 LOOKS = 500
 SLEEPS = 31
 _MOST_SLEEPS = 1023
-_GONE = {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.EBADF, errno.ESHUTDOWN}
 
 
 def parse_address(address: str) -> tuple[str, Any]:
     """``unix:/path``, ``shm:/path`` or ``tcp:host:port`` (an IPv6 host in brackets). Raises UsageError."""
     kind, _, rest = address.partition(":")
     host, _, port = rest.rpartition(":")
+    host = host.strip("[]")
     # What no file and no host can be called, sockets refuse with errors of their own.
     with contextlib.suppress(UnicodeError):
         if "\0" not in rest:
@@ -65,7 +65,7 @@ def parse_address(address: str) -> tuple[str, Any]:
                 return kind, rest
             number = int(port) if port.isascii() and port.isdecimal() and len(port) < 6 else 65536
             if kind == "tcp" and host.encode("idna") and number < 65536:
-                return kind, (host.strip("[]"), number)
+                return kind, (host, number)
     raise UsageError(f"no address of a channel: {address[:120]!a}", hint="unix:/path, shm:/path or tcp:host:port")
 
 
