@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from isolate.capability.scope import Choices, Range, Scope
 from isolate.client import shown
 from isolate.client.handle import Handle, attach
+from isolate.client.held import Limits
 from isolate.client.owner import Owner
 from isolate.crypto.signing import SigningKey
 from isolate.messages.invoke import Budget
@@ -52,6 +53,7 @@ def test_no_limit_is_left_out(owner: Owner, key: SigningKey) -> None:
         "rates": {60: 10}, "minimum_group": 12, "not_before": 1, "expires": 1_800_000_000, "depth": 2, "lease": 64,
     }  # fmt: skip
     assert each.keys() | {"operations"} == {one.name for one in fields(Scope)}
+    assert each.keys() == Limits.__annotations__.keys()  # what a type checker lets attenuate take
     opted = granted(owner, key, lease=99)
     for name, value in each.items():
         narrowed = opted.attenuate(**{name: value})  # type: ignore[misc]
