@@ -18,7 +18,7 @@ from typing import Any
 from isolate.enclave.values import Output
 from isolate.errors import OutputRefused, UsageError
 from isolate.messages.base import MAX_MESSAGE
-from isolate.messages.invoke import BUCKET, Reply
+from isolate.messages.invoke import BUCKET, Reply, head_size
 
 REQUEST_ID = 16  # hex digits
 MAX_CODE = 64  # characters
@@ -36,11 +36,6 @@ def size_of(output: Output) -> int:
     return size
 
 
-def _head(size: int) -> int:
-    """By how many bytes the head of a byte string of this size is longer than that of an empty one."""
-    return 0 if size < 24 else 1 if size < 256 else 2 if size < 65536 else 4
-
-
 def fit(code: str, value: Any, request_id: str, size: int) -> bytes:
     """The reply in exactly ``size`` bytes. Raises OutputRefused for what is longer."""
     # Because of its head, a padding of some sizes does not exist. A request id that is a digit or two shorter
@@ -48,6 +43,6 @@ def fit(code: str, value: Any, request_id: str, size: int) -> bytes:
     for digits in range(REQUEST_ID, REQUEST_ID - 3, -1):
         missing = size - len(Reply(code, value, request_id[:digits]).encode())
         for head in (0, 1, 2, 4):
-            if head <= missing and _head(missing - head) == head:
+            if head <= missing and head_size(missing - head) == head:
                 return Reply(code, value, request_id[:digits], bytes(missing - head)).encode()
     raise OutputRefused("the result is longer than the reply that was charged")

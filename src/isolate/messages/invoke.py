@@ -55,7 +55,7 @@ BUCKET = 256  # bytes of a padded reply: its length tells a result from a refusa
 REQUEST_BUCKET = 1024  # bytes: a request has a multiple, which hides the names of operations of one size
 
 
-def _head(size: int) -> int:
+def head_size(size: int) -> int:
     """By how many bytes the head of a byte string of this size is longer than that of an empty one."""
     return 0 if size < 24 else 1 if size < 256 else 2 if size < 65536 else 4
 
@@ -66,7 +66,7 @@ def _padding(bare: int, bucket: int) -> int:
     while True:
         # Where the head grows, one total cannot be reached: then the padding goes on to the next bucket.
         for head in (0, 1, 2, 4):
-            if head <= missing and _head(missing - head) == head:
+            if head <= missing and head_size(missing - head) == head:
                 return missing - head
         missing += bucket
 
