@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -318,7 +319,9 @@ def run(size: int, case: str, timeout: float) -> dict[str, Any]:
     name, *arguments = case.split(":")
     ranks = Ranks()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    # No TemporaryDirectory: a rank runs what Python runs at its end, which would delete it under the others.
+    folder = tempfile.mkdtemp()
+    try:
         children: list[int] = []
         pipes = []
         for rank in range(size):
@@ -351,6 +354,8 @@ def run(size: int, case: str, timeout: float) -> dict[str, Any]:
         for pid in children:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+    finally:
+        shutil.rmtree(folder)
     return {"case": case, "seconds": round(time.monotonic() - began, 2), "ranks": answers}
 
 
