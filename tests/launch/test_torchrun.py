@@ -149,6 +149,17 @@ def test_an_enclave_ends_with_what_launched_it(worker: Callable[..., Worker], nu
 
 
 @pytest.mark.threat("LAUNCH-4")
+def test_a_second_signal_does_not_cut_the_end_short(worker: Callable[..., Worker]) -> None:
+    one = worker(**TOLD)
+    pid, end = one.event()["pid"], time.monotonic() + 20
+    while one.process.poll() is None and time.monotonic() < end:
+        one.process.send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+    assert one.process.wait(0) == 128 + signal.SIGTERM
+    assert gone(pid, within=0.5)
+
+
+@pytest.mark.threat("LAUNCH-4")
 def test_an_enclave_whose_launcher_is_gone_before_it_starts_ends_at_once(
     host: Any, application: Callable[..., Path], platform: str
 ) -> None:

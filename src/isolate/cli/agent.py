@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from isolate.cli.signals import end_once
 from isolate.client.agent import PURPOSES, Agent, AgentServer
 from isolate.crypto.signing import MAX_KEY_FILE, Purpose, SigningKey
 from isolate.enclave import boot
@@ -48,9 +49,12 @@ def agent(key_file: str, address: str | None, no_delegation: bool) -> None:
         os.close(alive)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+        # Looked at, not yet reaped: until it is, its number is nobody else's, and that signal goes nowhere else.
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), 0))
     os.close(ours)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    end_once(signal.SIGTERM)
     key = _load(key_file)
     key.forget_seed()
     purposes = PURPOSES - {Purpose.BLOCK} if no_delegation else PURPOSES

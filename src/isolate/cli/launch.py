@@ -8,12 +8,11 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
 
 import click
 
+from isolate.cli.signals import end_once
 from isolate.errors import UsageError
 from isolate.launch import torchrun
 from isolate.launch.supervisor import Enclave, Held, Host
@@ -56,8 +55,9 @@ def launch(
     given["ISOLATE_RANK"] = str(number)
     folder = Path(application).resolve().name
     name = enclave or (torchrun.enclave_name(folder, number) if told else folder)
+    # What torchrun sends, or a shell that goes away: this command ends in order, and its enclave with it.
+    end_once(signal.SIGTERM, signal.SIGHUP, status=lambda number: 128 + number)
     with contextlib.ExitStack() as undo:
-        undo.enter_context(_ended_by_signals())
         host = Host(platform, logs=Path(logs or undo.enter_context(tempfile.TemporaryDirectory())))
         held = undo.enter_context(host.hold(name, Path(application), given))
         event = {"event": "launched", "pid": held.enclave.pid, "milliseconds": held.enclave.milliseconds}
@@ -91,18 +91,3 @@ def _show(held: Held) -> int:
             # Whatever ends this: why it ended is most often said last.
             show()
         return status
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """What torchrun (or a shell that goes away) sends ends this command in order, and its enclave with it."""
-
-    def end(number: int, _: Any) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

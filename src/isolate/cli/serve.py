@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from isolate.cli.signals import end_once
 from isolate.errors import ControlMissing, MissingExtra, UsageError
 
 _RATE = "Requests a second of one peer (an address, or a user of a Unix socket), twice as many at once; 0: any."
@@ -162,8 +163,8 @@ def serve_command(
                 # What the log showed before is evidence; the file itself is for the log of this epoch.
                 Path(checkpoint).rename(f"{checkpoint}.before-{certificate.epoch}")
         opener = new or opener
-    # The server answers what it has begun and then raises the signal again: an exception, so that all is closed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # The server answers what it has begun, and then raises the signal again.
+    end_once(signal.SIGTERM)
     with State(state, unlock=opener, clock=clock) as opened, contextlib.ExitStack() as undo:
         service = Service(opened)
         undo.callback(service.close)
