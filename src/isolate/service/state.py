@@ -109,7 +109,9 @@ def create(
         try:
             keys.save(made, owner=owner, unlock=unlock)
             with contextlib.closing(sqlite3.connect(made / "state.db")) as database, database:
-                database.executescript("\n".join((_SCHEMA, accounts.SCHEMA, approvals.SCHEMA, derived.SCHEMA)))
+                # In one transaction: outside of any, each table waits for the disk by itself.
+                tables = (_SCHEMA, accounts.SCHEMA, approvals.SCHEMA, derived.SCHEMA)
+                database.executescript("\n".join(("BEGIN;", *tables)))
                 database.execute(f"PRAGMA user_version = {VERSION}")
                 meta = [("owner", owner.verifying_key.to_bytes()), ("epoch", str(first).encode())]
                 meta.append(("certificate", keys.certificate.digest))
