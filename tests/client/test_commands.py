@@ -183,6 +183,19 @@ def test_invoking(shop: Shop) -> None:
     assert "holder_refused" in shop.run("invoke team.handle --signer analyst.key op", status=1)
 
 
+def test_a_result_is_shown_whatever_becomes_of_its_receipt(shop: Shop) -> None:
+    shop.grant()
+    invoke = "invoke team.handle --signer team.key op number=5 --receipt"
+    with pytest.raises(SystemExit) as stop:
+        main(f"{invoke} use.receipt".split())  # this enclave has nothing charged
+    said = shop._capsys.readouterr()
+    assert (stop.value.code, said.out) == (1, "5\n") and "unknown_reservation" in said.err
+    assert not Path("use.receipt").exists()
+    # No use is made where its receipt could not be kept.
+    shop.house.answer = lambda _: pytest.fail("it was asked")
+    assert "team.handle exists already" in shop.run(f"{invoke} team.handle", status=1)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -73,11 +73,15 @@ def test_the_agents_socket_is_as_it_is_written() -> None:
 def test_what_the_guide_says_raises_bare_does() -> None:
     sentence = GUIDE.partition("Errors leave ")[2].partition(" without the frames")[0]
     named = set(re.findall(r"`(\w+)`", sentence))
-    assert named == {"attach", "invoke", "invoke_joined", "budget", "attenuate"} and "both signers" in sentence
+    assert (
+        named == {"attach", "invoke", "invoke_joined", "budget", "receipt", "attenuate"}
+        and "both signers" in sentence
+    )
     aio = isolate.aio.AsyncHandle
     for raises in (
         isolate.attach, isolate.Handle.invoke, isolate.Handle.invoke_joined, isolate.Handle.budget.fget,
-        isolate.aio.attach, aio.invoke, aio.invoke_joined, aio._ask_budget, Held.attenuate,
+        isolate.Handle.receipt,
+        isolate.aio.attach, aio.invoke, aio.invoke_joined, aio._ask_budget, aio.receipt, Held.attenuate,
         isolate.FileSigner.__init__, isolate.FileSigner.sign,
         isolate.AgentSigner.verifying_key.fget, isolate.AgentSigner.sign,
     ):  # fmt: skip

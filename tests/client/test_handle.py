@@ -42,7 +42,7 @@ from isolate.errors import (
     UsageError,
 )
 from isolate.messages.base import Answer, Signed
-from isolate.messages.invoke import Budget, Reply
+from isolate.messages.invoke import Budget, Invoke, Receipt, Reply, Reservation, ReserveRequest, SettleRequest
 from isolate.messages.owner import Done, Revoke
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -330,6 +330,50 @@ def test_a_budget_is_the_services_signed_answer(
 
     realm.courier = lie
     assert realm.code(lambda: handle.budget) == "forged_answer"
+
+
+def settled(realm: Any, sent: Invoke, code: str = "") -> bytes:
+    """Have a use reserved and settled, as the enclave does that it was sent to; answers its id."""
+    enclave, hashed = realm.enclave(), hash_arguments(cbor.encode(sent.arguments))
+    request = ReserveRequest(sent.token, sent.invocation, b"b" * 32, hashed, 512)
+    made = realm.ask("reserve", realm.signed_by(enclave, request), Reservation).invocation
+    realm.ask("settle", realm.signed_by(enclave, SettleRequest(made, 256, code)), Receipt)
+    return bytes(made)
+
+
+@pytest.mark.threat("BUD-4")
+def test_a_receipt_is_the_services_and_for_the_use_that_was_asked_for(
+    file: HandleFile, key: SigningKey, realm: Any, wires: list[Any]
+) -> None:
+    realm.asset()
+    handle = attach(file, signer=key)
+    assert realm.code(handle.receipt) == realm.code(lambda: handle.receipt(b"short")) == "usage"
+    handle.invoke("op", number=1)
+    first = handle.last_use
+    assert realm.code(handle.receipt) == "unknown_reservation"
+    assert settled(realm, wires[1].seen[0]) == first
+    wires[1].answer = lambda _: Reply("operation_failed", None, "id")
+    with pytest.raises(CapabilityRefused):
+        handle.invoke("op", number=2)
+    second = settled(realm, wires[1].seen[1], "operation_failed")
+    assert second == handle.last_use != first
+    one, two = handle.receipt(first).settled, handle.receipt().settled
+    assert [(use.invocation, use.bytes_out, use.code) for use in (one, two)] == [
+        (first, 256, ""), (second, 256, "operation_failed"),
+    ]  # fmt: skip
+    assert asyncio.run(isolate.aio.AsyncHandle(file, key).receipt(first)).settled.invocation == first
+    # A service that answers with another use's receipt, and one that signs with another key than is certified.
+    release = realm.state.release_key
+    other, forger = realm.service.budgets.receipt(first, key.verifying_key.ed25519), SigningKey.generate()
+    forged = evolve(other, receipt=evolve(other.settled, invocation=second).sign(forger).encode())
+    for lie in (other, forged, evolve(other, receipt=b"")):
+        realm.courier = lambda route, body, lie=lie: (
+            (200, Answer.make(Signed.parse(body), lie, release).encode())
+            if route == "receipt"
+            else realm.serve(route, body)
+        )
+        for attempt in (handle.receipt, lambda: asyncio.run(isolate.aio.AsyncHandle(file, key).receipt(second))):
+            assert realm.code(attempt) == ("malformed" if lie.receipt == b"" else "log_refused")
 
 
 def test_a_client_pins_the_job_its_policies_and_who_attests(owner: Owner) -> None:

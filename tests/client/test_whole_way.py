@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from attrs import evolve
 
 import isolate
 from isolate.attestation.policy import Policy, Reference
@@ -26,6 +27,7 @@ from isolate.crypto import x509
 from isolate.errors import CapabilityRefused, Revoked
 from isolate.launch.measure import measure
 from isolate.launch.supervisor import Host
+from isolate.messages.receipts import UseReceipt
 
 OPERATIONS = """
 from isolate.enclave.operations import Array, Label, Scalar, operation
@@ -146,7 +148,7 @@ def test_a_handles_whole_life(town: Town) -> None:
     )
     np.save(town.folder / "digit.npy", town.images[7])
     use = "invoke analyst.handle --signer analyst.key nearest image=@digit.npy"
-    assert town.run(use) == "7\n"
+    assert town.run(f"{use} --receipt use.receipt") == "7\n"
     assert json.loads(town.run("handle show analyst.handle --signer analyst.key --json"))["left"]["uses"] == 1
     assert town.run(f"{use} --json") == '{"operation": "nearest", "result": 7}\n'
     assert town.run(use, status=1).startswith("isolate: budget_exhausted:")
@@ -171,3 +173,16 @@ def test_a_handles_whole_life(town: Town) -> None:
     assert asyncio.run(together()) == [0, 1, 2]
     assert town.run(f"invoke team.handle --signer {agent} brightest", status=1).startswith("isolate: revoked:")
     assert town.run("handle show analyst.handle --signer analyst.key", status=1).startswith("isolate: revoked:")
+    # What was used stays proved: to the analyst, to the team, and to whoever is shown the receipt.
+    receipt = UseReceipt.load("use.receipt")
+    number = receipt.settled.invocation
+    with isolate.attach("team.handle", signer=isolate.AgentSigner(agent)) as handle:
+        assert handle.receipt(number).details == receipt.details
+    look = f"log verify --service {town.service} --lineage acme --owner {town.key.verifying_key}"
+    index = receipt.settled.log_index
+    assert f"use.receipt: the use is entry {index}\n" in town.run(f"{look} --receipt use.receipt")
+    assert json.loads(town.run(f"{look} --receipt use.receipt --json"))["receipts"] == {"use.receipt": index}
+    evolve(receipt, salt=bytes(32)).save("false.receipt")
+    refused = town.run(f"{look} --remember log --receipt use.receipt --receipt false.receipt", status=1)
+    assert refused.startswith("isolate: log_inconsistent: false.receipt: this entry is about something else")
+    assert "what it showed is in log.refused" in refused and not Path("log").exists()

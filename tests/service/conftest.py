@@ -48,6 +48,7 @@ from isolate.messages.invoke import (
     SettleRequest,
 )
 from isolate.messages.owner import AssetRule, Done, PolicyUpdate
+from isolate.messages.receipts import ReceiptRequest, UseReceipt
 from isolate.sealed.recipients import Passphrase
 from isolate.service.routes import Service
 from isolate.service.state import State, create
@@ -328,10 +329,16 @@ class Till:
         return self.code(self.realm.use(token, holder, **changes))
 
     def left(self, token: Token, holder: SigningKey) -> Budget:
-        body = BudgetRequest(token.encode()).encode()
-        signed = Signed.make(Purpose.HOLDER_REQUEST, holder, body, b"n" * 32, self.realm.state.audience)
-        budget: Budget = self.realm.ask("budget", signed, Budget)
+        budget: Budget = self._ask("budget", BudgetRequest(token.encode()), holder, Budget)
         return budget
+
+    def receipt(self, invocation: bytes, holder: SigningKey) -> UseReceipt:
+        receipt: UseReceipt = self._ask("receipt", ReceiptRequest(invocation), holder, UseReceipt)
+        return receipt
+
+    def _ask(self, route: str, body: Message, holder: SigningKey, answer: type[Any]) -> Any:
+        signed = Signed.make(Purpose.HOLDER_REQUEST, holder, body.encode(), b"n" * 32, self.realm.state.audience)
+        return self.realm.ask(route, signed, answer)
 
 
 @pytest.fixture

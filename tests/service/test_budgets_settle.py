@@ -13,18 +13,14 @@ from attrs import evolve
 
 from isolate import sealed
 from isolate.capability.scope import Scope
-from isolate.crypto import cbor, merkle
 from isolate.crypto.signing import SigningKey
 from isolate.errors import IsolateError, LogRefused, Revoked
 from isolate.messages.attest import Registered
 from isolate.messages.derive import DeriveRequest, derived_name
 from isolate.messages.invoke import Budget, Receipt, SettleRequest
-from isolate.messages.owner import ExplainRequest, Explanation, LogAnswer, LogRequest, Revoke
-from isolate.messages.receipts import verify_receipt
+from isolate.messages.owner import ExplainRequest, Explanation, Revoke
 from isolate.service.explain import CHECKS
 from isolate.service.head import Head
-from isolate.transparency.checkpoint import Checkpoint, sign_checkpoint
-from isolate.transparency.proof import InclusionProof
 
 
 @pytest.mark.threat("BUD-1")
@@ -204,63 +200,6 @@ def test_check_10_no_receipt_comes_after_a_revocation_that_races_with_it(
         for one in done:
             error = one.exception()
             assert one.result() < ended if error is None else isinstance(error, Revoked)
-
-
-def _moved(receipt: Receipt, entry: bytes, proof: InclusionProof) -> Receipt:
-    return evolve(receipt, log_index=proof.index, leaf=merkle.leaf_hash(entry))
-
-
-@pytest.mark.threat("BUD-4")
-def test_a_receipt_is_found_in_the_log(realm: Any, till: Any, holder: SigningKey) -> None:
-    receipt = till.send(realm.use(realm.grant(holder), holder))
-    other = till.send(realm.use(realm.grant(holder), holder))
-    certificate = realm.state.certificate
-
-    def prove(index: int) -> tuple[bytes, InclusionProof, Checkpoint]:
-        answer = realm.post("", "log", LogRequest(0, index), LogAnswer)
-        checkpoint = Checkpoint.verify(answer.checkpoint, certificate.origin, certificate.log_key.ed25519)
-        return answer.entry, InclusionProof(index, checkpoint.size, tuple(answer.inclusion)), checkpoint
-
-    entry, proof, checkpoint = prove(receipt.log_index)
-    verify_receipt(receipt, certificate.release_key, entry, proof, checkpoint)
-    before = prove(receipt.log_index - 1)[:2]
-    wrong: list[tuple[Receipt, bytes, InclusionProof]] = [
-        (other, entry, proof),
-        (evolve(receipt, log_index=other.log_index).sign(realm.state.release_key), entry, proof),
-        (evolve(receipt, leaf=other.leaf).sign(realm.state.release_key), entry, proof),
-        (receipt, prove(other.log_index)[0], proof),
-        (receipt, entry, evolve(proof, hashes=proof.hashes[:-1])),
-        (receipt, entry, prove(other.log_index)[1]),
-        (receipt.sign(SigningKey.generate()), entry, proof),
-        # Of a use that was reserved only.
-        (_moved(receipt, *before).sign(realm.state.release_key), *before),
-        # Written down after it was said to be.
-        (evolve(receipt, time=receipt.time - 1).sign(realm.state.release_key), entry, proof),
-    ]
-    for one, public, path in wrong:
-        with pytest.raises(LogRefused):
-            verify_receipt(one, certificate.release_key, public, path, checkpoint)
-
-
-@pytest.mark.threat("BUD-4")
-def test_a_receipt_of_what_is_no_entry(realm: Any, till: Any, holder: SigningKey) -> None:
-    receipt, key = till.send(realm.use(realm.grant(holder), holder)), SigningKey.generate()
-    good = {"kind": "settled", "time": receipt.time, "commitment": bytes(32)}
-    entries = [
-        b"",
-        b"\x00",
-        cbor.encode([good]),
-        cbor.encode({"kind": "settled"}),
-        cbor.encode(good | {"time": ""}),
-    ]
-    for entry in (*entries, cbor.encode(good | {"kind": "use"}), cbor.encode(good)):
-        store = merkle.MemoryStore()
-        note = sign_checkpoint(key, "log", 1, merkle.append(store, 0, entry))
-        checkpoint, proof = Checkpoint.verify(note, "log", key.verifying_key.ed25519), InclusionProof(0, 1, ())
-        said = evolve(receipt, log_index=0, leaf=merkle.leaf_hash(entry)).sign(key)
-        attempt = lambda *what: realm.code(lambda: verify_receipt(*what))  # noqa: E731
-        refused = attempt(said, key.verifying_key, entry, proof, checkpoint)
-        assert refused == ("" if entry == cbor.encode(good) else "log_refused")
 
 
 def test_a_receipt_is_for_what_was_settled(realm: Any, till: Any, holder: SigningKey) -> None:

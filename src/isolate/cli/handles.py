@@ -9,6 +9,7 @@ Mode: handle. No key stands in an argument: `--sign` and `--signer` take a key f
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from typing import Any
@@ -23,7 +24,7 @@ from isolate.client.shown import limits as shown_limits
 from isolate.client.shown import plain, scope_of
 from isolate.client.signers import open_signer
 from isolate.crypto.signing import SigningKey, VerifyingKey
-from isolate.errors import CapabilityRefused, UsageError
+from isolate.errors import CapabilityRefused, StorageError, UsageError
 
 _SIGNER = click.option(
     "--signer", required=True, metavar="F|unix:PATH", help="The holder's key file, or the address of its agent."
@@ -99,8 +100,11 @@ def delegate(
 @click.argument("operation")
 @click.argument("arguments", nargs=-1, metavar="[NAME=VALUE]...")
 @_SIGNER
+@click.option("--receipt", metavar="F", help="Keep the service's receipt for this use: a new file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def invoke(file: str, operation: str, arguments: tuple[str, ...], signer: str, as_json: bool) -> None:
+def invoke(
+    file: str, operation: str, arguments: tuple[str, ...], signer: str, receipt: str | None, as_json: bool
+) -> None:
     """Run one OPERATION of a handle in the enclave, and print its result.
 
     A VALUE is a number, a text, @FILE (the array of an .npy file, the reference to a derived asset in a .json file,
@@ -113,12 +117,17 @@ def invoke(file: str, operation: str, arguments: tuple[str, ...], signer: str, a
         if not equals or not name:
             raise UsageError(f"an argument is NAME=VALUE, not {text[:40]!r}")
         values[name] = limits.argument(value)
+    if receipt is not None and os.path.lexists(receipt):
+        raise StorageError(f"{receipt} exists already", hint="choose another name: the use is charged before")
     with attach(file, signer=open_signer(signer)) as handle:
         result = _plain(handle.invoke(operation, **values))
-    if as_json:
-        click.echo(json.dumps({"operation": operation, "result": result}))
-    else:
-        click.echo(plain(result) if isinstance(result, str) else json.dumps(result))
+        # Printed first: it is paid for, whatever becomes of the receipt.
+        if as_json:
+            click.echo(json.dumps({"operation": operation, "result": result}))
+        else:
+            click.echo(plain(result) if isinstance(result, str) else json.dumps(result))
+        if receipt is not None:
+            handle.receipt().save(receipt)
 
 
 def _plain(value: Any) -> Any:

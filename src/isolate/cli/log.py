@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -16,7 +17,8 @@ from isolate.client.connect import certificate
 from isolate.crypto.signing import VerifyingKey
 from isolate.errors import LogRefused
 from isolate.messages.http import fetch
-from isolate.transparency.checkpoint import Witness
+from isolate.messages.receipts import UseReceipt
+from isolate.transparency.checkpoint import Checkpoint, Witness
 from isolate.transparency.keeping import is_before, read_checkpoint, write_checkpoint
 
 
@@ -39,6 +41,9 @@ def command(name: str) -> click.Group:
 @click.option("--witness", "witnesses", multiple=True, metavar="NAME+ID+KEY", help="A witness's C2SP verifier key.")
 @click.option("--quorum", type=click.IntRange(0), help="How many of the witnesses must have signed. [default: all]")
 @click.option("--accept-epoch", type=click.IntRange(2), metavar="N", help="The owner told you of this recovery.")
+@click.option(
+    "--receipt", "receipts", multiple=True, metavar="F", help="A use that must stand in the log (repeat)."
+)
 @click.option("--json", "as_json", is_flag=True, help="The machine form.")
 def verify(
     service: str,
@@ -48,6 +53,7 @@ def verify(
     witnesses: tuple[str, ...],
     quorum: int | None,
     accept_epoch: int | None,
+    receipts: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Check the log's checkpoint, that it only grew since the remembered one, and every entry since then.
@@ -56,6 +62,7 @@ def verify(
     two together prove it. Without witnesses, a log that shows others another history is seen only by comparing.
     """
     known = [Witness.parse(text) for text in witnesses]
+    uses = {path: UseReceipt.load(path) for path in receipts}
     wanted = len(known) if quorum is None else quorum
     found = certificate(service, VerifyingKey.parse(owner), lineage)
     before: str | None = None  # what was remembered of the log before a recovery
@@ -78,6 +85,8 @@ def verify(
     )
     try:
         report = auditor.run()
+        for path, use in uses.items():
+            _find(auditor, path, use, found.release_key, report.checkpoint)
     except LogRefused as error:
         if remember is not None and auditor.shown is not None and error.code != LogRefused.default_code:
             evidence = f"{remember}.refused"
@@ -90,13 +99,24 @@ def verify(
             write_checkpoint(kept, before)
             click.echo(f"what was remembered of the log before is in {kept}: keep it", err=True)
         write_checkpoint(remember, report.checkpoint.text)
-    _print(report, remember, bool(known), as_json)
+    _print(report, uses, remember, bool(known), as_json)
 
 
-def _print(report: Report, remember: str | None, watched: bool, as_json: bool) -> None:
+def _find(auditor: Auditor, path: str, use: UseReceipt, key: VerifyingKey, at: Checkpoint) -> None:
+    try:
+        auditor.find(use, key, at)
+    except LogRefused as error:
+        error.message = f"{path}: {error.message}"
+        raise
+
+
+def _print(
+    report: Report, uses: Mapping[str, UseReceipt], remember: str | None, watched: bool, as_json: bool
+) -> None:
     seen = report.checkpoint
     if as_json:
         body = {
+            "receipts": {path: use.settled.log_index for path, use in uses.items()},
             "origin": seen.origin, "size": seen.size, "root": seen.root.hex(), "remembered": report.old,
             "new": seen.size - (report.old or 0), "kinds": dict(report.kinds), "witnessed": dict(seen.witnessed),
         }  # fmt: skip
@@ -108,6 +128,8 @@ def _print(report: Report, remember: str | None, watched: bool, as_json: bool) -
         click.echo(f"{seen.origin}: {seen.size} entries; the {report.old} remembered ones stand, the rest checked")
     for kind, count in report.kinds.items():
         click.echo(f"{count:>8} {kind}")
+    for path, use in uses.items():
+        click.echo(f"{path}: the use is entry {use.settled.log_index}")
     for name in seen.witnessed:
         click.echo(f"witnessed by {name}")
     if not watched:

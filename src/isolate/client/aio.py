@@ -31,6 +31,7 @@ from isolate.client.held import Held
 from isolate.crypto.signing import Signer
 from isolate.messages.http import ask
 from isolate.messages.invoke import Budget
+from isolate.messages.receipts import UseReceipt
 
 __all__ = ["AsyncHandle", "attach"]
 
@@ -119,6 +120,14 @@ class AsyncHandle(Held):
         return self._remember(
             await asyncio.to_thread(ask, self._file.service, "budget", request, Budget, found.release_key)
         )
+
+    @bare_async
+    async def receipt(self, use: bytes | None = None) -> UseReceipt:
+        """The service's receipt for a use that was settled, as ``Handle.receipt``."""
+        found = await asyncio.to_thread(certificate, self._file.service, self._owner, self._file.lineage)
+        request = self._receipt_request(found, use)
+        answer = await asyncio.to_thread(ask, self._file.service, "receipt", request, UseReceipt, found.release_key)
+        return self._checked(answer, request, found)
 
     async def close(self) -> None:
         """End the channel. A later use opens another."""

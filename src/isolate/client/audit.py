@@ -23,9 +23,11 @@ from hmac import compare_digest
 from attrs import frozen
 
 from isolate.crypto import cbor, merkle
+from isolate.crypto.signing import VerifyingKey
 from isolate.errors import LogRefused, MalformedError
+from isolate.messages.receipts import UseReceipt
 from isolate.transparency.checkpoint import MAX_NOTE, Checkpoint, Witness
-from isolate.transparency.proof import ConsistencyProof, LogMemory
+from isolate.transparency.proof import ConsistencyProof, InclusionProof, LogMemory
 from isolate.transparency.tiles import MAX_ENTRY, WIDTH, Tile, TileStore, parse_bundle
 
 MAX_BUNDLE = WIDTH * (2 + MAX_ENTRY)
@@ -92,6 +94,18 @@ class Auditor:
         kinds = self._entries(tiles, old, new, progress)
         return Report(new, None if old is None else old.size, kinds)
 
+    def find(self, receipt: UseReceipt, release_key: VerifyingKey, at: Checkpoint) -> None:
+        """Raise LogRefused unless the use of this receipt stands in the log, at a checkpoint that ``run`` found.
+
+        ``release_key``: of the certified service. Spec: docs/spec/service.md, 6.2.
+        """
+        index = receipt.settled.log_index
+        if not 0 <= index < at.size:
+            raise LogRefused(f"the receipt names entry {index} of a log that has {at.size}", code="log_shrunk")
+        tiles = TileStore(lambda path: self._fetch(path, WIDTH * merkle.HASH_SIZE), at.size)
+        (entry,) = next(self._bundles(index, index + 1, at.size))
+        receipt.verify(release_key, entry, InclusionProof.build(tiles, index, at.size), at)
+
     def _entries(
         self,
         tiles: TileStore,
@@ -105,7 +119,7 @@ class Auditor:
             if size >> level & 1 and (value := tiles.get(level, (size >> level) - 1)) is not None:
                 edge.put(level, (size >> level) - 1, value)
         kinds: Counter[str] = Counter()
-        for entries in self._bundles(size, new.size):
+        for entries in self._bundles(size, new.size, new.size):
             kinds.update(_kind(entry, size + number) for number, entry in enumerate(entries))
             size = merkle.extend(edge, size, entries)
             if progress is not None:
@@ -115,11 +129,12 @@ class Auditor:
             raise LogRefused("the entries are not those that the checkpoint is for", code="log_inconsistent")
         return dict(sorted(kinds.items()))
 
-    def _bundles(self, start: int, end: int) -> Iterator[list[bytes]]:
+    def _bundles(self, start: int, end: int, size: int) -> Iterator[list[bytes]]:
+        """The entries from ``start`` to ``end`` of a log of this size, as they lie in its files."""
         for index in range(start // WIDTH, -(-end // WIDTH)):
-            width = min(WIDTH, end - index * WIDTH)
+            first, width = index * WIDTH, min(WIDTH, size - index * WIDTH)
             data = self._fetch(Tile(None, index, width).path, MAX_BUNDLE)
-            yield parse_bundle(data, width)[max(start - index * WIDTH, 0) :]
+            yield parse_bundle(data, width)[max(start - first, 0) : end - first]
 
 
 def _kind(entry: bytes, index: int) -> str:

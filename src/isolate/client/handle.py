@@ -29,6 +29,7 @@ from isolate.client.signers import FileSigner
 from isolate.crypto.signing import Signer
 from isolate.messages.http import ask
 from isolate.messages.invoke import Budget
+from isolate.messages.receipts import UseReceipt
 
 __all__ = ["FileSigner", "Handle", "HandleFile", "attach"]
 
@@ -117,6 +118,23 @@ class Handle(Held):
         found = certificate(self._file.service, self._owner, self._file.lineage)
         request = self._budget_request(found)
         return self._remember(ask(self._file.service, "budget", request, Budget, found.release_key))
+
+    @bare
+    def receipt(self, use: bytes | None = None) -> UseReceipt:
+        """The service's receipt for a use that was settled; by default the last one through this object.
+
+            handle.receipt().save("use.receipt")  # isolate log verify --receipt use.receipt finds it in the log
+
+        ``use`` is its id (``last_use``, 32 bytes): also of one that failed after it ran, and through a handle that
+        was narrowed from yours, or has ended. Where threads share a handle, ask with the id.
+
+        Raises CapabilityRefused (``not_settled``: it stays spent; ``unknown_reservation``: also for what was spent
+        from a lease), LogRefused, ServiceUnavailable, UsageError.
+        """
+        found = certificate(self._file.service, self._owner, self._file.lineage)
+        request = self._receipt_request(found, use)
+        answer = ask(self._file.service, "receipt", request, UseReceipt, found.release_key)
+        return self._checked(answer, request, found)
 
     def close(self) -> None:
         """End the channel. A later use opens another."""

@@ -32,11 +32,12 @@ from isolate.client.handle_file import HandleFile
 from isolate.crypto import cbor
 from isolate.crypto.secret import wipe
 from isolate.crypto.signing import Purpose, Signer, VerifyingKey
-from isolate.errors import CapabilityRefused, HolderRefused, ScopeExceeded, UsageError
+from isolate.errors import CapabilityRefused, HolderRefused, LogRefused, ScopeExceeded, UsageError
 from isolate.messages.attest import ServiceCertificate
-from isolate.messages.base import Refusal, Signed
+from isolate.messages.base import Message, Refusal, Signed
 from isolate.messages.http import error_of
 from isolate.messages.invoke import Budget, BudgetRequest, Invoke, Reply, encode_argument
+from isolate.messages.receipts import ReceiptRequest, UseReceipt
 
 _KIND = CapabilityRefused.default_code  # of a refusal whose code names no class
 
@@ -59,7 +60,7 @@ class Limits(TypedDict, total=False):
 class Held(NotCopied):
     """The base of handles. Raises HolderRefused when ``signer`` is not the token's last holder, UsageError."""
 
-    __slots__ = ("__weakref__", "_counter", "_file", "_owner", "_seen", "_signer", "_token")
+    __slots__ = ("__weakref__", "_counter", "_file", "_last", "_owner", "_seen", "_signer", "_token")
 
     WHY: ClassVar[str] = "a handle is not copied or pickled"
     INSTEAD: ClassVar[str] = "pass its export(), and attach it there"
@@ -67,6 +68,7 @@ class Held(NotCopied):
     def __init__(self, file: HandleFile, signer: Signer) -> None:
         self._file, self._signer, self._counter = file, signer, 0
         self._seen: shown.Seen | None = None
+        self._last: bytes | None = None
         self._token = Token.from_text(file.token)
         self._owner = VerifyingKey.parse(file.owner)
         key = getattr(signer, "verifying_key", None)
@@ -85,6 +87,11 @@ class Held(NotCopied):
     def scope(self) -> Scope:
         """What the token allows, all its blocks together. Only enclave and service decide by it."""
         return self._token.scope
+
+    @property
+    def last_use(self) -> bytes | None:
+        """The id of the last use that was asked for through this object, 32 bytes, whatever became of it."""
+        return self._last
 
     @overload
     def attenuate(
@@ -167,7 +174,7 @@ class Held(NotCopied):
         return request
 
     def _invocation(self, operation: str, digest: bytes, hashed: bytes, binding: bytes, counter: int) -> Invocation:
-        return Invocation.sign(
+        made = Invocation.sign(
             self._token,
             self._signer,
             operation=operation,
@@ -177,6 +184,8 @@ class Held(NotCopied):
             nonce=secrets.token_bytes(16),
             counter=counter,
         )
+        self._last = made.id
+        return made
 
     @staticmethod
     def _reply(raw: bytearray) -> Reply:
@@ -193,8 +202,22 @@ class Held(NotCopied):
         return reply.value
 
     def _budget_request(self, found: ServiceCertificate) -> Signed:
-        body = BudgetRequest(self._token.encode()).encode()
-        return Signed.make(Purpose.HOLDER_REQUEST, self._signer, body, os.urandom(32), found.audience)
+        return self._signed(BudgetRequest(self._token.encode()), found)
+
+    def _receipt_request(self, found: ServiceCertificate, use: bytes | None) -> Signed:
+        wanted = self._last if use is None else use
+        if type(wanted) is not bytes or len(wanted) != 32:
+            raise UsageError("which use?", hint="one was made through this object, or its id is 32 bytes")
+        return self._signed(ReceiptRequest(wanted), found)
+
+    def _signed(self, body: Message, found: ServiceCertificate) -> Signed:
+        return Signed.make(Purpose.HOLDER_REQUEST, self._signer, body.encode(), os.urandom(32), found.audience)
+
+    @staticmethod
+    def _checked(receipt: UseReceipt, request: Signed, found: ServiceCertificate) -> UseReceipt:
+        if receipt.check(found.release_key).invocation != ReceiptRequest.parse(request.body).invocation:
+            raise LogRefused("this receipt is for another use")
+        return receipt
 
     def _remember(self, budget: Budget) -> Budget:
         self._seen = shown.Seen(budget, time.monotonic())

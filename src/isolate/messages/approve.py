@@ -15,21 +15,21 @@ is good once, at one service in one epoch, until ``not_after``. Spec: docs/spec/
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Self
 
 from attrs import evolve, field, frozen
 
 from isolate.crypto import cbor
 from isolate.crypto.kem import PUBLIC_SIZE, Recipient
-from isolate.crypto.signing import Purpose, Signer, SigningKey, VerifyingKey, from_text, is_public_key, to_text
+from isolate.crypto.signing import Purpose, Signer, SigningKey, VerifyingKey, is_public_key
 from isolate.errors import MalformedError, RefusedError, ReleaseRefused
 from isolate.messages.attest import ServiceCertificate
-from isolate.messages.base import Bytes32, Bytes64, Limit, Message
+from isolate.messages.base import MAX_LINE, Bytes32, Bytes64, Limit, Line, Message
 from isolate.messages.owner import MAX_ASSET
 
 MAX_APPROVERS = 16
 MAX_REASON = 500  # characters: a line for the log
-MAX_APPROVAL = 4096  # bytes encoded; a destination takes 1216 of them
+MAX_APPROVAL = MAX_LINE  # bytes encoded; a destination takes 1216 of them
 
 Destination = Annotated[bytes, Limit(PUBLIC_SIZE, PUBLIC_SIZE)]
 Asset = Annotated[str, Limit(1, MAX_ASSET)]
@@ -37,24 +37,6 @@ Reason = Annotated[str, Limit(1, MAX_REASON)]
 Threshold = Annotated[int, Limit(2, MAX_APPROVERS)]
 Keys = Annotated[list[Bytes64], Limit(2, MAX_APPROVERS)]
 Approvals = Annotated[list[Annotated[bytes, Limit(1, MAX_APPROVAL)]], Limit(0, MAX_APPROVERS)]
-
-
-class _Line(Message):
-    """A message that travels as one line of a file."""
-
-    PREFIX: ClassVar[str]
-
-    def to_text(self) -> str:
-        return to_text(self.PREFIX, self.encode())
-
-    @classmethod
-    def from_text(cls, text: str) -> Self:
-        """Read such a line. Raises MalformedError or KeyFormatError."""
-        text = text.strip()
-        size = (len(text) - len(cls.PREFIX)) * 3 // 4 - 4
-        if not 0 < size <= MAX_APPROVAL:
-            raise MalformedError("this is no approval: the text is too short or too long")
-        return cls.parse(from_text(cls.PREFIX, text, size, "approval"))
 
 
 @frozen
@@ -81,11 +63,12 @@ class Approvers(Message):
 
 
 @frozen
-class GroupApproval(_Line):
+class GroupApproval(Line):
     """One of the present approvers agrees that the group number ``sequence`` is the one with this digest."""
 
     TYPE = "group-approval"
     PREFIX = "isolate-group-approval-"
+    WHAT = "approval"
     service: str
     sequence: int
     approvers: Bytes32
@@ -150,11 +133,12 @@ class Wish:
 
 
 @frozen
-class Approval(_Line):
+class Approval(Line):
     """One approver's word. ``not_after`` is Unix seconds; ``nonce`` tells apart two that are otherwise alike."""
 
     TYPE = "approval"
     PREFIX = "isolate-approval-"
+    WHAT = "approval"
     service: str
     asset: Asset
     digest: Bytes32

@@ -25,10 +25,11 @@ import attrs
 from attrs import field, frozen
 
 from isolate.crypto import cbor
-from isolate.crypto.signing import Purpose, Signer, SigningKey, VerifyingKey
+from isolate.crypto.signing import Purpose, Signer, SigningKey, VerifyingKey, from_text, to_text
 from isolate.errors import MalformedError, RefusedError
 
 MAX_MESSAGE = 1024 * 1024  # bytes; a sealed file's header and directory are the largest parts
+MAX_LINE = 4096  # bytes encoded, of a message that is a line of text
 NONCE_SIZE = 32
 
 
@@ -92,6 +93,25 @@ class Message:
             if not fits(value[name]):
                 raise MalformedError(f"field {name} of message {cls.TYPE} is of the wrong type")
         return cls(**value)
+
+
+class Line(Message):
+    """A message that travels as one line of a file: ``PREFIX``, then the encoding in base64url with a checksum."""
+
+    PREFIX: ClassVar[str]
+    WHAT: ClassVar[str]  # how an error calls it
+
+    def to_text(self) -> str:
+        return to_text(self.PREFIX, self.encode())
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read such a line. Raises MalformedError or KeyFormatError."""
+        text = text.strip()
+        size = (len(text) - len(cls.PREFIX)) * 3 // 4 - 4
+        if not 0 < size <= MAX_LINE:
+            raise MalformedError(f"this is no {cls.WHAT}: the text is too short or too long")
+        return cls.parse(from_text(cls.PREFIX, text, size, cls.WHAT))
 
 
 _Check = Callable[[Any], bool]

@@ -37,6 +37,8 @@ from isolate.messages.limits import AssetLimits
 
 # ``pace`` has a row for every second in which an account was used, with all its uses up to then: how many there
 # were in a window is one look-up, however many there are. Like the log it grows with the uses, and only with them.
+# ``settled`` is the entry of the log that says so: 0 while the use is open (no log begins with a settled one), and
+# -1 where a recovery closed it.
 SCHEMA = """
 CREATE TABLE account (account BLOB PRIMARY KEY, uses INTEGER NOT NULL, bytes_out INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE pace (

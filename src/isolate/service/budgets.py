@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 
 from isolate.capability.invocation import Invocation, VerifiedInvocation, verify_invocation
 from isolate.capability.token import ChainCache, VerifiedToken, verify
-from isolate.crypto import merkle
+from isolate.crypto import cbor, merkle
 from isolate.errors import CapabilityRefused, OutputRefused, RefusedError
 from isolate.messages.base import Signed
 from isolate.messages.invoke import (
@@ -48,6 +48,7 @@ from isolate.messages.invoke import (
 from isolate.messages.lease import MAX_LEASE, Lease, LeaseRequest
 from isolate.messages.limits import AssetLimits
 from isolate.messages.owner import Done, Revoke
+from isolate.messages.receipts import UseReceipt
 from isolate.service import accounts
 from isolate.service.broker import Broker, Caller
 from isolate.service.explain import because, checking, text
@@ -203,15 +204,42 @@ class Budgets:
                     accounts.check_revoked(database, chain)
                 Broker.allow(database, asset, caller.result.measurement, "readers", check=10)
                 accounts.refund(database, accounts.parted(bytes(spent)), reserved - request.bytes_out)
-                database.execute("UPDATE reservation SET settled = 1 WHERE invocation = ?", (request.invocation,))
                 details = {**use, "bytes_out": request.bytes_out, "code": request.code}
                 index = self._log.append(database, "settled", details)
+                database.execute(
+                    "UPDATE reservation SET settled = ? WHERE invocation = ?", (index, request.invocation)
+                )
         except RefusedError as refusal:
             self._log.refused(database, "settle refused", chain[0], refusal.code, use)
             return refusal
-        row = database.execute("SELECT public FROM entry WHERE idx = ?", (index,)).fetchone()
-        leaf = merkle.leaf_hash(bytes(row[0]))
+        leaf = merkle.leaf_hash(self._log.opened(database, index)[0])
         return Receipt(request.invocation, request.bytes_out, request.code, index, leaf, self._state.clock())
+
+    def receipt(self, invocation: bytes, holder: bytes) -> UseReceipt:
+        """A settled use's receipt, for a holder (Ed25519, 32 bytes) of its chain: at any time, also once the handle
+        has ended. Raises CapabilityRefused."""
+        with self._state.transaction() as database:
+            row = database.execute(
+                "SELECT asset, accounts, settled FROM reservation WHERE invocation = ?", (invocation,)
+            ).fetchone()
+            # One answer for both: nobody learns from it what others did.
+            if row is None or accounts.holder_account(row[0], holder) not in accounts.parted(bytes(row[1])):
+                raise CapabilityRefused(
+                    "no use through a handle of yours has this id",
+                    code="unknown_reservation",
+                    hint="a use that an enclave spent from a lease, or never asked for, has no receipt",
+                )
+            if row[2] <= 0:
+                raise CapabilityRefused(
+                    "this use is not settled: it stays spent",
+                    code="not_settled",
+                    hint="one that a lease was taken with is not settled by itself",
+                )
+            public, salt, details = self._log.opened(database, row[2])
+            now = self._state.clock()
+        said = cbor.decode(details)
+        receipt = Receipt(invocation, said["bytes_out"], said["code"], row[2], merkle.leaf_hash(public), now)
+        return UseReceipt(receipt.sign(self._state.release_key).encode(), salt, details)
 
     def budget(self, token: bytes, holder: bytes) -> Budget:
         """What is left, for the holder (Ed25519, 32 bytes) of the token. Raises CapabilityRefused."""

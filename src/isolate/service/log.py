@@ -9,7 +9,6 @@ service, for the owner. Spec: docs/spec/log.md.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import sqlite3
 from typing import Any
@@ -17,14 +16,14 @@ from typing import Any
 from isolate.crypto import cbor, merkle
 from isolate.errors import UsageError
 from isolate.messages.owner import LogAnswer, LogRequest
+from isolate.messages.receipts import commitment
 from isolate.service.state import State
 from isolate.transparency.checkpoint import sign_checkpoint
 
 
 def public_entry(kind: str, time: int, salt: bytes, details: bytes) -> bytes:
     """The bytes of a leaf. ``time`` is Unix seconds, ``salt`` 32 bytes."""
-    commitment = hashlib.sha256(b"isolate/v1/log/entry\0" + salt + details).digest()
-    return cbor.encode({"kind": kind, "time": time, "commitment": commitment})
+    return cbor.encode({"kind": kind, "time": time, "commitment": commitment(salt, details)})
 
 
 class _Nodes:
@@ -73,6 +72,13 @@ class Log:
         ).fetchone()
         if count & (count - 1) == 0:
             self.append(database, kind, {**details, "code": code, "count": count})
+
+    @staticmethod
+    def opened(database: sqlite3.Connection, index: int) -> tuple[bytes, bytes, bytes]:
+        """An entry that is there: its public bytes, and the salt and the details that it commits to."""
+        row = database.execute("SELECT public, salt, details FROM entry WHERE idx = ?", (index,)).fetchone()
+        public, salt, details = map(bytes, row)
+        return public, salt, details
 
     @staticmethod
     def _size(database: sqlite3.Connection) -> int:

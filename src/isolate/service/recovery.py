@@ -52,7 +52,8 @@ _VOID = (
     "DELETE FROM rule",
     "DELETE FROM head",
     "UPDATE policy SET signed = x''",
-    "UPDATE reservation SET settled = 1",  # what was open stays spent, and nothing of it leaves any more
+    # What was open stays spent, and nothing of it leaves any more.
+    "UPDATE reservation SET settled = -1 WHERE settled = 0",
     "DELETE FROM meta WHERE key LIKE 'authority/%' OR key LIKE 'box/%'",
 )
 

@@ -18,7 +18,7 @@ from attrs import frozen
 
 from isolate.crypto.signing import Purpose
 from isolate.errors import IsolateError, MalformedError, RefusedError, UnavailableError, UsageError
-from isolate.messages import approve, attest, certificate, derive, invoke, lease, limits, owner
+from isolate.messages import approve, attest, certificate, derive, invoke, lease, limits, owner, receipts
 from isolate.messages.base import Answer, Message, Refusal, Signed
 from isolate.service.appraiser import Appraiser
 from isolate.service.approvals import Approvals
@@ -58,10 +58,15 @@ class Service:
     def _register(self, request: attest.RegisterRequest) -> Message:
         return self.broker.register(request, signer=self.state.owner.to_bytes(), measurement=None)
 
+    def _holder(self, request: Signed) -> bytes:
+        # What holders ask changes nothing, so the nonce is not kept: any key can sign such a request.
+        return request.verify(Purpose.HOLDER_REQUEST, self.state.audience).ed25519
+
     def _budget(self, request: Signed) -> Message:
-        # It changes nothing, so its nonce is not kept: any key can sign such a request.
-        holder = request.verify(Purpose.HOLDER_REQUEST, self.state.audience)
-        return self.budgets.budget(invoke.BudgetRequest.parse(request.body).token, holder.ed25519)
+        return self.budgets.budget(invoke.BudgetRequest.parse(request.body).token, self._holder(request))
+
+    def _receipt(self, request: Signed) -> Message:
+        return self.budgets.receipt(receipts.ReceiptRequest.parse(request.body).invocation, self._holder(request))
 
     def _by_owner(self, route: Route, request: Signed) -> Message:
         """What only the owner asks, once."""
@@ -154,6 +159,7 @@ ROUTES: dict[str, Route] = {
         certificate.IssueRequest, certificate.Issued, "enclave", lambda s, signed: s.authority.certify(signed)
     ),
     "budget": Route(invoke.BudgetRequest, invoke.Budget, "holder", lambda s, signed: s._budget(signed)),
+    "receipt": Route(receipts.ReceiptRequest, receipts.UseReceipt, "holder", lambda s, signed: s._receipt(signed)),
     "owner/policy": Route(owner.PolicyUpdate, owner.Done, "owner", lambda s, asked: s.appraiser.set_policy(asked)),
     "owner/rule": Route(owner.AssetRule, owner.Done, "owner", lambda s, asked: s.broker.set_rule(asked)),
     "owner/register": Route(
