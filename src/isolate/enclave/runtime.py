@@ -39,7 +39,7 @@ from isolate.capability.invocation import (
     hash_arguments,
     verify_invocation,
 )
-from isolate.capability.token import ChainCache, verify
+from isolate.capability.token import ChainCache, VerifiedToken, verify
 from isolate.crypto import cbor
 from isolate.crypto.kdf import Label, derive
 from isolate.crypto.secret import Secret
@@ -47,6 +47,7 @@ from isolate.enclave import boot
 from isolate.enclave.derived import Derivations
 from isolate.enclave.leases import Leases
 from isolate.enclave.operations import Derived, Joined, Operation
+from isolate.enclave.refusals import Refusals
 from isolate.enclave.replies import fit
 from isolate.enclave.view import View
 from isolate.enclave.workload import Workload
@@ -111,6 +112,7 @@ class Server:
         makes = any(isinstance(operation.output, Derived) for operation in operations)
         self._derived = Derivations(workload, asset, makes=makes)
         self._leases = Leases(workload)
+        self._refusals = Refusals(workload)
 
     def run(self) -> None:
         """Serve clients until the process ends. A refused client ends its own channel and no other.
@@ -155,13 +157,17 @@ class Server:
     def answer(self, message: bytes | bytearray, binding: bytes, replay: ReplayGuard) -> bytes:
         """The padded reply to one Invoke. Never raises: a failure is a code and a request id."""
         request_id, size = os.urandom(8).hex(), BUCKET
+        token, admitted = b"", False
         try:
             request = Invoke.parse(bytes(message))
+            token = request.token
             claimed = Invocation.parse(request.invocation)
             # By what it claims, before anything is checked: a refusal is as long as the result would have been.
             if claimed.operation in self._operations:
                 size = self._operations[claimed.operation].reply_size
-            return self._use(self._admit(request, claimed, binding, replay), request_id)
+            use = self._admit(request, claimed, binding, replay)
+            admitted = True
+            return self._use(use, request_id)
         except IsolateError as error:
             # Of a refusal by the service the client is told the service's number: its owner can explain that.
             code, told = error.code, error.request_id or ""
@@ -169,7 +175,17 @@ class Server:
         except Exception:  # noqa: BLE001 (the boundary: an exception carries data)
             code = "operation_failed"
         self._workload.report("invocation_refused", code=code, request_id=request_id)
+        if not admitted:
+            # Of what was admitted the service knows.
+            self._note(token, code)
         return fit(code, None, request_id, size)
+
+    def _note(self, token: bytes, code: str) -> None:
+        try:
+            grant = self._chain(token).handles[0]
+        except IsolateError:
+            grant = token = b""
+        self._refusals.note(grant, token, code)
 
     def _admit(self, request: Invoke, claimed: Invocation, binding: bytes, replay: ReplayGuard) -> _Admitted:
         hashed = hash_arguments(cbor.encode(request.arguments))
@@ -203,12 +219,15 @@ class Server:
         self, token: bytes, claimed: Invocation, asset: str, binding: bytes, hashed: bytes
     ) -> VerifiedInvocation:
         """Checks 1 and 2, for one of the handles of a use."""
-        owner, epoch = self._workload.configuration.owner.ed25519, self._workload.certificate.epoch
-        verified = verify(token, owner, now=self._workload.now(), epoch=epoch, cache=self._chains)  # 1
+        verified = self._chain(token)  # 1
         if verified.asset != asset:
             raise ScopeExceeded("this token is for another asset")
         verified.scope.require_enforced(ENFORCED)
         return verify_invocation(claimed, verified, channel_binding=binding, argument_hash=hashed)  # 2
+
+    def _chain(self, token: bytes) -> VerifiedToken:
+        owner, epoch = self._workload.configuration.owner.ed25519, self._workload.certificate.epoch
+        return verify(token, owner, now=self._workload.now(), epoch=epoch, cache=self._chains)
 
     @staticmethod
     def _limited(operation: Operation, invocation: VerifiedInvocation, arguments: dict[str, Any]) -> Operation:

@@ -67,7 +67,7 @@ from isolate.messages.base import M, Message, Signed
 from isolate.messages.certificate import Issued, IssueRequest
 from isolate.messages.derive import DeriveRequest
 from isolate.messages.http import ask, post
-from isolate.messages.invoke import Receipt, Reservation, ReserveRequest, SettleRequest
+from isolate.messages.invoke import Noted, Receipt, RefusalReport, Reservation, ReserveRequest, SettleRequest
 from isolate.messages.lease import Lease, LeaseRequest
 
 if TYPE_CHECKING:
@@ -353,6 +353,10 @@ class Workload:
         receipt, standing = self._ask("settle", request, Receipt)
         receipt.verify(standing.certificate, request)
         return receipt
+
+    def report_refusals(self, report: RefusalReport) -> None:
+        """Have what was refused here written into the log. Raises as ``reserve`` does."""
+        self._ask("refused", report, Noted)
 
     def certify(self, request: IssueRequest) -> tuple[Issued, ServiceCertificate]:
         """An X.509 certificate for a key of ours, not yet verified: isolate.enclave.certificates does that."""

@@ -166,8 +166,38 @@ class SettleRequest(Message):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        if not _CODE.fullmatch(self.code):
-            raise MalformedError("a code is 0 to 64 of a-z 0-9 _")
+        _check_code(self.code)
+
+
+def _check_code(code: str) -> None:
+    if not _CODE.fullmatch(code):
+        raise MalformedError("a code is 0 to 64 of a-z 0-9 _")
+
+
+@frozen
+class RefusalReport(Message):
+    """Body of a Signed request by an enclave: it refused invocations by itself, before it asked for anything.
+
+    ``token`` is one whose chain verified, or empty; ``times`` how many there were of this code, for its grant (or
+    without one), since the last report.
+    """
+
+    TYPE = "refusal-report"
+    token: bytes = field(repr=False)
+    code: str
+    times: Annotated[int, Limit(1, 2**32)]
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        _check_code(self.code)
+
+
+@frozen
+class Noted(Message):
+    """How often the service was told of this code by now."""
+
+    TYPE = "noted"
+    count: int
 
 
 @frozen

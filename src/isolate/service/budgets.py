@@ -28,6 +28,7 @@ stays spent: a crash loses budget, and mints none.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -40,7 +41,9 @@ from isolate.messages.base import Signed
 from isolate.messages.invoke import (
     ENFORCED,
     Budget,
+    Noted,
     Receipt,
+    RefusalReport,
     Reservation,
     ReserveRequest,
     SettleRequest,
@@ -112,6 +115,21 @@ class Budgets:
         return self._answered(request, lambda database, caller: self._settle(database, caller, asked)).sign(
             self._state.release_key
         )
+
+    def refused(self, request: Signed) -> Noted:
+        """Write down what an enclave refused by itself: for the grant, where it reads the asset of that."""
+        asked = RefusalReport.parse(request.body)
+
+        def act(database: sqlite3.Connection, caller: Caller) -> Noted:
+            subject, use = caller.result.instance, dict[str, Any](instance=caller.result.instance)
+            with contextlib.suppress(RefusedError):
+                token = self._verify(asked.token)
+                Broker.allow(database, token.asset, caller.result.measurement, "readers")
+                subject, use = token.handles[0], {**use, "asset": token.asset, "handle": token.id}
+            kind = "invocation refused"
+            return Noted(self._log.refused(database, kind, subject, asked.code, use, times=asked.times))
+
+        return self._broker.acting(request, act)
 
     def _reserve(
         self, database: sqlite3.Connection, caller: Caller, request: ReserveRequest | LeaseRequest

@@ -59,19 +59,28 @@ class Log:
         return index
 
     def refused(
-        self, database: sqlite3.Connection, kind: str, subject: bytes, code: str, details: dict[str, Any]
-    ) -> None:
-        """Log the 1st, 2nd, 4th, 8th ... refusal of this code for this subject, with its number.
+        self,
+        database: sqlite3.Connection,
+        kind: str,
+        subject: bytes,
+        code: str,
+        details: dict[str, Any],
+        *,
+        times: int = 1,
+    ) -> int:
+        """Log the 1st, 2nd, 4th, 8th ... refusal of this code for this subject, with its number; answers that.
 
-        Whoever is refused can come again as often as he likes: the log grows with the logarithm of it.
+        Whoever is refused can come again as often as he likes: the log grows with the logarithm of it. Of ``times``
+        refusals at once there is one entry, if one of them is such a one.
         """
         (count,) = database.execute(
-            "INSERT INTO refused VALUES (?, ?, 1) ON CONFLICT (subject, code) DO UPDATE SET count = count + 1 "
-            "RETURNING count",
-            (subject, code),
+            "INSERT INTO refused VALUES (?, ?, ?) ON CONFLICT (subject, code) DO UPDATE SET "
+            "count = count + excluded.count RETURNING count",
+            (subject, code, times),
         ).fetchone()
-        if count & (count - 1) == 0:
+        if count.bit_length() > (count - times).bit_length():
             self.append(database, kind, {**details, "code": code, "count": count})
+        return int(count)
 
     @staticmethod
     def opened(database: sqlite3.Connection, index: int) -> tuple[bytes, bytes, bytes]:

@@ -151,6 +151,7 @@ ROUTES: dict[str, Route] = {
     ),
     "lease": Route(lease.LeaseRequest, lease.Lease, "enclave", lambda s, signed: s.budgets.lease(signed)),
     "settle": Route(invoke.SettleRequest, invoke.Receipt, "enclave", lambda s, signed: s.budgets.settle(signed)),
+    "refused": Route(invoke.RefusalReport, invoke.Noted, "enclave", lambda s, signed: s.budgets.refused(signed)),
     "derive": Route(derive.DeriveRequest, attest.Registered, "enclave", lambda s, signed: s.derived.derive(signed)),
     "standing": Route(
         attest.StandingRequest, attest.PeerStandings, "enclave", lambda s, signed: s.broker.standing(signed)

@@ -1,0 +1,170 @@
+"""What an enclave refuses by itself stands in the log: for the owner's grant, in its logarithm, and never twice."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isolate.capability.invocation import Invocation, ReplayGuard, hash_arguments
+from isolate.capability.scope import Scope
+from isolate.capability.token import Token
+from isolate.crypto import cbor
+from isolate.crypto.secret import Secret
+from isolate.crypto.signing import SigningKey
+from isolate.enclave.operations import Integer, Label, operation
+from isolate.enclave.refusals import Refusals
+from isolate.enclave.runtime import Server
+from isolate.errors import MalformedError, ServiceUnavailable
+from isolate.messages.invoke import Invoke, Noted, RefusalReport, Reply
+
+BINDING = b"b" * 32
+KIND = "invocation refused"
+
+
+@operation(inputs={"number": Integer(0, 100)}, output=Label(101))
+def echo(view: Any, number: int) -> int:
+    return number
+
+
+class Door:
+    """An enclave that serves ``echo`` on a/b, a holder of a grant on it, and everybody's replies."""
+
+    def __init__(self, realm: Any) -> None:
+        realm.asset()
+        self.realm, self.enclave, self.key = realm, realm.enclave(), SigningKey.generate()
+        self.server = Server(self.enclave, "a/b", {"w": np.zeros(1)}, [echo])
+        self.token = realm.grant(self.key, operations={"echo": echo.digest})
+        self._counter, self._replay = itertools.count(1), ReplayGuard(BINDING)
+
+    def request(self, token: Token | None = None, key: SigningKey | None = None, **changes: Any) -> bytes:
+        arguments = changes.pop("arguments", {"number": 1})
+        fields: dict[str, Any] = {
+            "operation": "echo", "operation_digest": echo.digest, "channel_binding": BINDING,
+            "argument_hash": hash_arguments(cbor.encode(arguments)),
+            "nonce": Secret.generate(16).expose().tobytes(), "counter": next(self._counter),
+        }  # fmt: skip
+        token = token or self.token
+        invocation = Invocation.sign(token, key or self.key, **(fields | changes))
+        return Invoke(token.encode(), invocation.encode(), arguments).padded()
+
+    def send(self, request: bytes) -> str:
+        return Reply.parse(self.server.answer(request, BINDING, self._replay)).code
+
+    def said(self, code: str) -> list[dict[str, Any]]:
+        return [one for one in self.realm.entries(KIND) if one["code"] == code]
+
+
+@pytest.fixture
+def door(realm: Any) -> Door:
+    return Door(realm)
+
+
+@pytest.mark.threat("ENC-42")
+def test_a_stolen_token_a_replay_and_what_a_handle_does_not_allow_are_in_the_log(door: Door) -> None:
+    # Whoever has the token and not its key sends what he heard, for arguments of his own.
+    heard = Invoke.parse(door.request())
+    stolen = Invoke(heard.token, heard.invocation, {"number": 9}).padded()
+    captured = door.request()
+    narrow = door.token.attenuate(door.key, Scope(operations={}))
+    attempts = {
+        "holder_refused": stolen,
+        "replayed": captured,
+        "scope_exceeded": door.request(narrow),
+        "unknown_operation": door.request(
+            door.realm.grant(door.key, operations={"echo": bytes(32)}), operation_digest=bytes(32)
+        ),
+        "bad_argument": door.request(arguments={"number": 101}),
+    }
+    assert door.send(captured) == ""
+    for code, request in attempts.items():
+        assert door.send(request) == code
+        (entry,) = door.said(code)
+        assert (entry["asset"], entry["count"], entry["instance"]) == ("a/b", 1, door.enclave.result.instance)
+        assert entry["handle"] == Token.parse(Invoke.parse(request).token).id
+    # Nothing of it was charged, or reserved, and what the service refuses by itself stands there once.
+    assert len(door.realm.entries("use")) == len(door.realm.entries("settled")) == 1
+    spent = door.realm.grant(door.key, operations={"echo": echo.digest}, uses=0)
+    assert door.send(door.request(spent)) == "budget_exhausted"
+    assert len(door.realm.entries("use refused")) == 1 and not door.said("budget_exhausted")
+
+
+@pytest.mark.threat("ENC-42", "SVC-6")
+def test_they_grow_the_log_and_what_the_service_is_asked_with_their_logarithm_only(door: Door) -> None:
+    for _ in range(20):
+        # Narrowed handles are free: they do not make a refusal new.
+        narrow = door.token.attenuate(door.key, Scope(uses=3))
+        assert door.send(door.request(narrow, arguments={"number": 101})) == "bad_argument"
+    assert [one["count"] for one in door.said("bad_argument")] == [1, 2, 4, 8, 16]
+    assert [route for route, _ in door.realm.carried].count("refused") == 5
+    other = door.realm.grant(door.key, operations={"echo": echo.digest})
+    door.send(door.request(other, arguments={"number": 101}))
+    assert [one["count"] for one in door.said("bad_argument")] == [1, 2, 4, 8, 16, 1]
+
+
+@pytest.mark.threat("ENC-42")
+def test_what_names_no_grant_of_the_owner_is_the_enclaves_own(door: Door) -> None:
+    stranger = door.realm.owner
+    door.realm.owner = SigningKey.generate()
+    forged = door.realm.grant(door.key, operations={"echo": echo.digest})
+    door.realm.owner = stranger
+    elsewhere = door.realm.grant(door.key, "c/d", operations={"echo": echo.digest})
+    ended = door.realm.grant(door.key, operations={"echo": echo.digest}, expires=door.realm.clock())
+    for code, request in {
+        "malformed": b"no request", "capability_refused": door.request(forged),
+        "scope_exceeded": door.request(elsewhere), "expired": door.request(ended),
+    }.items():  # fmt: skip
+        assert door.send(request) == code
+        (entry,) = door.said(code)
+        assert entry == {
+            "kind": KIND, "code": code, "count": 1, "instance": door.enclave.result.instance
+        }  # fmt: skip
+
+
+@pytest.mark.threat("ENC-42")
+def test_a_service_that_is_away_hears_of_it_later_and_the_refusal_stands(door: Door) -> None:
+    def away(*_: Any) -> Any:
+        raise ServiceUnavailable("away")
+
+    bad = {"arguments": {"number": 101}}
+    door.realm.courier = away
+    assert [door.send(door.request(**bad)) for _ in range(3)] == ["bad_argument"] * 3
+    door.realm.courier = door.realm.serve
+    assert not door.realm.entries(KIND)
+    assert door.send(door.request(**bad)) == "bad_argument"
+    assert [one["count"] for one in door.said("bad_argument")] == [4]
+
+
+def test_of_several_at_once_there_is_one_entry_where_one_of_them_is_due(realm: Any) -> None:
+    realm.asset()
+    enclave, counts = realm.enclave(), []
+    for times in (3, 1, 3, 1, 100):
+        report = realm.signed_by(enclave, RefusalReport(b"", "x", times))
+        counts.append(realm.ask("refused", report, Noted).count)
+    assert counts == [3, 4, 7, 8, 108]
+    assert [one["count"] for one in realm.entries(KIND)] == [3, 4, 8, 108]
+    for code, times in (("No code", 1), ("x" * 65, 1), ("x", 0), ("x", 2**32 + 1)):
+        with pytest.raises(MalformedError):
+            RefusalReport(b"", code, times)
+
+
+def test_threads_lose_none() -> None:
+    told: list[int] = []
+
+    class Workload:
+        @staticmethod
+        def report_refusals(report: RefusalReport) -> None:
+            told.append(report.times)
+
+    refusals: Any = Refusals(Workload())  # type: ignore[arg-type]
+    threads = [
+        threading.Thread(target=lambda: [refusals.note(b"g", b"t", "x") for _ in range(256)]) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(told) == 2048 and len(told) == 12
