@@ -36,6 +36,8 @@ ATTACKS = [
     "drop", "repeat", "reorder", "reflect", "splice", "flip", "truncate", "extend", "relay", "retype", "resize",
     "cut",
 ]  # fmt: skip
+# After these somebody may wait for what never comes, to the end of his patience.
+SILENCE = ["drop", "reorder", "flip", "truncate", "resize"]
 
 
 def split(data: bytearray) -> bytes | None:
@@ -209,7 +211,7 @@ def attacked(world: Any, attack: str, direction: int, place: int, seed: int) -> 
     middle, failed, got = converse(
         world,
         ours,
-        0.3,
+        1.0 if attack in SILENCE else 10.0,
         attack=attack,
         direction=direction,
         place=place,

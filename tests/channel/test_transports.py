@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from attrs import evolve
 
 from isolate import channel
-from isolate.channel import Channel, Handshake, ring
+from isolate.channel import Channel, Handshake, ring, streams
 from isolate.channel.session import flat
 from isolate.channel.streams import SocketWire
 from isolate.errors import ChannelTimeout, UsageError
@@ -113,19 +114,23 @@ def test_nobody_blocks_in_a_socket_that_the_peer_gave() -> None:
 
 
 @pytest.mark.threat("CHAN-6")
-def test_a_byte_at_the_last_moment_gains_no_time(world: Any) -> None:
+def test_a_byte_at_the_last_moment_gains_no_time(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for that moment: the reader's own clock says, once the byte was read, that it is there."""
     with channel.listen(
-        "tcp:127.0.0.1:0", identity=world.attested(1), expect=world.expect(0), timeout=0.4
+        "tcp:127.0.0.1:0", identity=world.attested(1), expect=world.expect(0), timeout=30
     ) as listener:
         host, port = listener.address.split(":")[1:]
         with socket.create_connection((host, int(port))) as slow:
-            late = threading.Timer(0.3, slow.sendall, [b"\x01"])
-            late.start()
+            slow.sendall(b"\x01")
+            monkeypatch.setattr(streams, "LOOKS", 0)  # it waits at once, and is woken by the byte
+            times = iter([0.0, 0.0])  # as the handshake begins, and as it begins to read
+            clock = SimpleNamespace(monotonic=lambda: next(times, 29.8))
+            monkeypatch.setattr(streams, "time", clock)
             began = time.monotonic()
             with pytest.raises(ChannelTimeout):
                 listener.accept()
-            assert time.monotonic() - began < 0.6
-            late.join()
+            assert time.monotonic() - began < 15
+            assert next(times, None) is None
 
 
 class Silent:
