@@ -26,14 +26,16 @@ from attrs import evolve, frozen
 
 from isolate.capability.invocation import Invocation, ReplayGuard, hash_arguments
 from isolate.crypto import cbor
-from isolate.crypto.signing import SigningKey
+from isolate.crypto.signing import Purpose, SigningKey
 from isolate.enclave import workload as workloads
 from isolate.enclave.aggregates import Aggregates, Mean, Rows
 from isolate.enclave.operations import Derived, Integer, Label, Operation, Text, Vector, operation
 from isolate.enclave.runtime import Server
 from isolate.enclave.view import Texts, View, pack_texts
 from isolate.errors import CapabilityRefused, IsolateError
+from isolate.messages.base import Signed
 from isolate.messages.invoke import Invoke, Reply
+from isolate.messages.receipts import ReceiptRequest, UseReceipt
 
 ROOT = Path(__file__).parents[2]
 BINDING = b"b" * 32
@@ -265,6 +267,10 @@ def use_everything(
             for arguments in BAD:
                 ask(tokens[0], one, arguments)
         left.replies.append(server.answer(b"not a message", BINDING, guard))
+        for entry in realm.entries("settled"):
+            body, audience = ReceiptRequest(entry["invocation"]).encode(), realm.state.audience
+            asked = Signed.make(Purpose.HOLDER_REQUEST, holder, body, bytes(32), audience)
+            assert {"kind": "settled", **cbor.decode(realm.ask("receipt", asked, UseReceipt).details)} == entry
         return left.haystacks()
 
     return run
@@ -274,7 +280,8 @@ def use_everything(
 def test_no_byte_of_the_canary_leaves(realm: Any, use_everything: Callable[..., dict[str, bytes]]) -> None:
     haystacks = use_everything()
     assert len(haystacks["replies"]) > 256 * 200
-    assert {"use", "settled", "derive", "use refused", "lease"} <= {one["kind"] for one in realm.entries()}
+    kinds = {"use", "settled", "derive", "use refused", "invocation refused", "lease"}
+    assert kinds <= {one["kind"] for one in realm.entries()}
     assert where(haystacks) == set()
 
 
