@@ -230,8 +230,9 @@ class Full:
 
 
 @pytest.mark.threat("CHAN-3")
-def test_a_close_behind_a_long_message_is_told(linked: Linked) -> None:
+def test_a_close_behind_a_long_message_is_told(linked: Linked, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's buffer is full of the message when the close comes: it is no cut, however slow the reader is."""
+    monkeypatch.setattr(aio, "GOODBYE", 10)
 
     async def work() -> None:
         for size in (0, 300_000, 3_000_000):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -18,8 +19,14 @@ def end_once(*numbers: int, status: Callable[[int], int] = lambda _: 0) -> dict[
     """
 
     def end(number: int, _: Any) -> NoReturn:
-        for one in numbers:
-            signal.signal(one, signal.SIG_IGN)
+        # Python says on stderr of a signal that came just before that there is no handler for it any more.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        try:
+            for one in numbers:
+                signal.signal(one, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_BLOCK, ())  # after which Python looks what came
+        finally:
+            sys.unraisablehook = hook
         raise SystemExit(status(number))
 
     return {number: signal.signal(number, end) for number in numbers}
