@@ -186,3 +186,9 @@ def test_a_handles_whole_life(town: Town) -> None:
     refused = town.run(f"{look} --remember log --receipt use.receipt --receipt false.receipt", status=1)
     assert refused.startswith("isolate: log_inconsistent: false.receipt: this entry is about something else")
     assert "what it showed is in log.refused" in refused and not Path("log").exists()
+    # And the owner reads who did what, and what was refused: the enclave's word for it is in the log too.
+    owned = town.run(f"owner log --sign owner.key --service {town.service} --lineage acme --json").splitlines()
+    said = [json.loads(line) for line in owned]
+    refused = [one["details"] for one in said if one["kind"] == "invocation refused"]
+    assert [(one["code"], one["handle"], one["count"]) for one in refused] == [("bad_argument", granted, 1)]
+    assert said[index]["details"]["invocation"] == number.hex()

@@ -20,8 +20,8 @@ from isolate.capability.token import Token, verify
 from isolate.cli import limits
 from isolate.client.handle import Handle, HandleFile, attach
 from isolate.client.owner import Owner
+from isolate.client.shown import as_plain, plain, scope_of
 from isolate.client.shown import limits as shown_limits
-from isolate.client.shown import plain, scope_of
 from isolate.client.signers import open_signer
 from isolate.crypto.signing import SigningKey, VerifyingKey
 from isolate.errors import CapabilityRefused, StorageError, UsageError
@@ -120,7 +120,7 @@ def invoke(
     if receipt is not None and os.path.lexists(receipt):
         raise StorageError(f"{receipt} exists already", hint="choose another name: the use is charged before")
     with attach(file, signer=open_signer(signer)) as handle:
-        result = _plain(handle.invoke(operation, **values))
+        result = as_plain(handle.invoke(operation, **values))
         # Printed first: it is paid for, whatever becomes of the receipt.
         if as_json:
             click.echo(json.dumps({"operation": operation, "result": result}))
@@ -128,17 +128,6 @@ def invoke(
             click.echo(plain(result) if isinstance(result, str) else json.dumps(result))
         if receipt is not None:
             handle.receipt().save(receipt)
-
-
-def _plain(value: Any) -> Any:
-    """A result as JSON has it: bytes in hexadecimal digits."""
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if isinstance(value, dict):
-        return {str(name): _plain(one) for name, one in value.items()}
-    return value
 
 
 @click.command("revoke")

@@ -1,4 +1,4 @@
-"""The owner's words to a service: `isolate owner policy|rule|register`, `isolate rollback`, `isolate explain`.
+"""The owner and a service: `isolate owner policy|rule|limits|register|log`, `isolate rollback`, `isolate explain`.
 
 >>> [command(name).name for name in ("owner", "rollback", "explain")]
 ['owner', 'rollback', 'explain']
@@ -17,6 +17,7 @@ import click
 from isolate import sealed
 from isolate.attestation.policy import Policy
 from isolate.client.owner import Owner
+from isolate.client.shown import as_plain, plain
 from isolate.crypto.signing import SigningKey
 from isolate.errors import StorageError, UsageError
 from isolate.messages.attest import Registered
@@ -45,7 +46,7 @@ def _print(registered: Registered) -> None:
 
 @click.group("owner")
 def owner_group() -> None:
-    """What only the owner says to a service: policies, rules and files."""
+    """What only the owner says to a service, and is told by it: policies, rules, files, the log's details."""
 
 
 @owner_group.command("policy")
@@ -107,6 +108,41 @@ def register(file: str, key: str, service: str, lineage: str) -> None:
     _print(_owner(key, service, lineage).register(file))
 
 
+@owner_group.command("log")
+@click.option("--from", "start", type=click.IntRange(0), default=0, metavar="N", help="The first entry to show.")
+@click.option(
+    "--kind", "kinds", multiple=True, metavar="KIND", help="Only these, such as use, or refused (repeat)."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each entry, on a line of its own.")
+@of_the_owner
+def log(start: int, kinds: tuple[str, ...], as_json: bool, key: str, service: str, lineage: str) -> None:
+    """Show the log with what others see only a hash of: who used what, when, and what was refused.
+
+    Every entry is looked for in the public log; a service that tells something else ends with log_inconsistent.
+    """
+    for entry in _owner(key, service, lineage).entries(start):
+        if kinds and not any(kind in (entry.kind, entry.kind.rpartition(" ")[2]) for kind in kinds):
+            continue
+        details = as_plain(entry.details)
+        if as_json:
+            body = {"index": entry.index, "time": entry.time, "kind": entry.kind, "details": details}
+            click.echo(json.dumps(body))
+            continue
+        said = ", ".join(f"{name} {_shown(value)}" for name, value in details.items())
+        click.echo(plain(f"{entry.index:>6} {_when(entry.time)} {entry.kind}: {said}"))
+
+
+def _shown(value: Any) -> str:
+    return value if value and isinstance(value, str) else json.dumps(value)
+
+
+def _when(seconds: int) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds} (unix seconds)"
+
+
 @click.command("rollback")
 @click.argument("asset")
 @click.option("--to", "digest", required=True, metavar="DIGEST", help="As `isolate inspect` prints it.")
@@ -138,8 +174,7 @@ def explain(request_id: str, as_json: bool, key: str, service: str, lineage: str
         body = {"request_id": found.request_id, "time": found.time, "route": found.route, "code": found.code}
         click.echo(json.dumps({**body, "message": found.message, "checks": found.checks}, indent=2))
         return
-    when = datetime.fromtimestamp(found.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    click.echo(f"{found.route} was refused at {when} with {found.code}: {found.message}")
+    click.echo(f"{found.route} was refused at {_when(found.time)} with {found.code}: {found.message}")
     for one in found.checks:
         mark = {True: "passed", False: "FAILED", None: "not reached"}[one["passed"]]
         click.echo(f"{one['number']:>4} {one['name']:<18} {mark}")

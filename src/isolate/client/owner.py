@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from isolate import sealed
@@ -22,17 +22,19 @@ from isolate.attestation.policy import Policy, SignedPolicy
 from isolate.capability.scope import Constraint, Scope
 from isolate.capability.token import grant
 from isolate.client.connect import certificate
+from isolate.client.entries import LogEntry, read
 from isolate.client.handle import HandleFile
 from isolate.crypto.signing import Purpose, SigningKey, VerifyingKey
 from isolate.messages.approve import GroupApproval, GroupSet, SetApprovers
 from isolate.messages.attest import Registered, RegisterRequest, ServiceCertificate
 from isolate.messages.base import Message, Signed
-from isolate.messages.http import ask, post
+from isolate.messages.http import ask, fetch, post
 from isolate.messages.limits import AssetLimits
 from isolate.messages.owner import (
     AssetRequest,
     AssetRule,
     Done,
+    Entries,
     Evidence,
     EvidenceRequest,
     ExplainRequest,
@@ -197,6 +199,16 @@ class Owner:
         """The recorded envelope of an instance."""
         answer: Evidence = self._ask("evidence", EvidenceRequest(instance), Evidence)
         return answer.envelope
+
+    def entries(self, start: int = 0) -> Iterator[LogEntry]:
+        """The log from this entry on, with the details that others see only a hash of: who used what, and what was
+        refused. Each is found in the public log. Raises LogRefused where the service tells something else."""
+        return read(
+            lambda request: self._ask("entries", request, Entries),
+            lambda path, most: fetch(self._service, f"/log/{path}", most=most),
+            self.certificate,
+            start,
+        )
 
     def log(self, *, old_size: int = 0, index: int | None = None) -> LogAnswer:
         """A checkpoint and proofs, not yet verified (isolate.transparency does that)."""

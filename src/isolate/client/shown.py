@@ -14,6 +14,7 @@ from __future__ import annotations
 import html
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from attrs import evolve, frozen
 
@@ -110,6 +111,21 @@ def plain(said: str) -> str:
     'a?[2Jb'
     """
     return "".join(one if one.isprintable() else "?" for one in said)
+
+
+def as_plain(value: Any) -> Any:
+    """A result, or an entry's details, as JSON has it: bytes in hexadecimal digits.
+
+    >>> as_plain({"handle": b"\x01\xff", "n": [1]})
+    {'handle': '01ff', 'n': [1]}
+    """
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, list):
+        return [as_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {str(name): as_plain(one) for name, one in value.items()}
+    return value
 
 
 def text(kind: str, token: Token, seen: Seen | None, *, now: float) -> str:

@@ -132,6 +132,26 @@ class Explanation(Message):
 Size = Annotated[int, Limit(0, 2**64 - 1)]  # of a tree, or a place in it
 
 
+MAX_ENTRIES = 256  # of one answer
+
+
+@frozen
+class EntriesRequest(Message):
+    """The owner asks for entries of the log with their details: at most ``most``, from ``start`` on."""
+
+    TYPE = "entries-request"
+    start: Size
+    most: Annotated[int, Limit(1, MAX_ENTRIES)]
+
+
+@frozen
+class Entries(Message):
+    """As many as there are and as fit, at least one if there is one: each {public, salt, details: bytes}."""
+
+    TYPE = "entries"
+    entries: list[dict[str, bytes]]
+
+
 @frozen
 class LogRequest(Message):
     """``old_size`` 0 asks for no consistency proof; ``index`` None for no entry."""

@@ -15,10 +15,13 @@ from typing import Any
 
 from isolate.crypto import cbor, merkle
 from isolate.errors import UsageError
-from isolate.messages.owner import LogAnswer, LogRequest
+from isolate.messages.base import MAX_MESSAGE
+from isolate.messages.owner import Entries, EntriesRequest, LogAnswer, LogRequest
 from isolate.messages.receipts import commitment
 from isolate.service.state import State
 from isolate.transparency.checkpoint import sign_checkpoint
+
+_AROUND = 80  # bytes of an opened entry's salt, names and heads
 
 
 def public_entry(kind: str, time: int, salt: bytes, details: bytes) -> bytes:
@@ -97,6 +100,22 @@ class Log:
     def tree(self, database: sqlite3.Connection) -> tuple[merkle.TreeStore, int]:
         """The hashes of the log and its size, for use inside the caller's transaction."""
         return _Nodes(database), self._size(database)
+
+    def entries(self, request: EntriesRequest) -> Entries:
+        """What opens the entries, for the owner: as many as an answer holds."""
+        found: list[dict[str, bytes]] = []
+        with self._state.transaction() as database:
+            rows = database.execute(
+                "SELECT public, salt, details FROM entry WHERE idx >= ? ORDER BY idx LIMIT ?",
+                (min(request.start, 2**63 - 1), request.most),
+            )
+            size = 0
+            for public, salt, details in rows:
+                size += len(public) + len(details) + _AROUND
+                if found and size > MAX_MESSAGE // 2:
+                    break
+                found.append({"public": bytes(public), "salt": bytes(salt), "details": bytes(details)})
+        return Entries(found)
 
     def checkpoint(self) -> str:
         """The signed checkpoint of now."""

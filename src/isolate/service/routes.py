@@ -177,6 +177,7 @@ ROUTES: dict[str, Route] = {
         approve.SetApprovers, approve.GroupSet, "owner", lambda s, asked: s.approvals.set_approvers(asked)
     ),
     "export": Route(approve.ExportRequest, approve.Export, "anyone", lambda s, asked: s.approvals.export(asked)),
+    "owner/entries": Route(owner.EntriesRequest, owner.Entries, "owner", lambda s, asked: s.log.entries(asked)),
     "owner/evidence": Route(
         owner.EvidenceRequest, owner.Evidence, "owner", lambda s, asked: s.appraiser.evidence(asked)
     ),
