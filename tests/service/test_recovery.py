@@ -12,6 +12,7 @@ import pytest
 
 from isolate import sealed
 from isolate.attestation.policy import SignedPolicy
+from isolate.cli.serve import _set_aside
 from isolate.crypto.kem import Identity
 from isolate.crypto.secret import Secret
 from isolate.crypto.signing import Purpose, SigningKey
@@ -289,6 +290,17 @@ def test_what_was_derived_has_ended_with_its_handle(realm: Any) -> None:
 
 
 @pytest.mark.threat("SVC-70")
+def test_a_checkpoint_that_cannot_be_set_aside_is_said_and_kept(tmp_path: Path) -> None:
+    kept, taken = tmp_path / "head", tmp_path / "head.before-2"
+    kept.write_text("note")
+    taken.mkdir()
+    with pytest.raises(StorageError, match="cannot move .*/head: Is a directory .*begins one more epoch"):
+        _set_aside(str(kept), 2)
+    taken.rmdir()
+    _set_aside(str(kept), 2)
+    assert not kept.exists() and taken.read_text() == "note"
+
+
 def test_a_recovery_is_run_again_beside_the_checkpoint_of_an_earlier_epoch(realm: Any) -> None:
     """It was interrupted before the kept file was put aside: that note is of a log that has ended."""
     note = realm.service.log.checkpoint()

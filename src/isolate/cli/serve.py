@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from isolate.cli.signals import end_once
-from isolate.errors import ControlMissing, MissingExtra, UsageError
+from isolate.errors import ControlMissing, MissingExtra, StorageError, UsageError
 
 _RATE = "Requests a second of one peer (an address, or a user of a Unix socket), twice as many at once; 0: any."
 _OPENAPI = "Print the description of the service, and end. Needs no state."
@@ -29,6 +29,17 @@ def _print_openapi(context: click.Context, _: click.Parameter, asked: bool) -> N
 
         click.echo(json.dumps(description(), indent=2))
         context.exit()
+
+
+def _set_aside(checkpoint: str, epoch: int) -> None:
+    """What the log showed before a recovery is evidence; the file itself is for the log of this epoch."""
+    try:
+        Path(checkpoint).rename(f"{checkpoint}.before-{epoch}")
+    except OSError as error:
+        raise StorageError(
+            f"cannot move {checkpoint}: {error.strerror}",
+            hint="the state is recovered: mend that, and run the same again, which begins one more epoch",
+        ) from None
 
 
 @click.command("serve")
@@ -160,8 +171,7 @@ def serve_command(
             kept = read_checkpoint(checkpoint) if checkpoint else None
             certificate = renewal.recover(state, owner=SigningKey.load(recover), kept=kept, **options)
             if checkpoint and kept is not None:
-                # What the log showed before is evidence; the file itself is for the log of this epoch.
-                Path(checkpoint).rename(f"{checkpoint}.before-{certificate.epoch}")
+                _set_aside(checkpoint, certificate.epoch)
         opener = new or opener
     # The server answers what it has begun, and then raises the signal again.
     end_once(signal.SIGTERM)
