@@ -294,7 +294,7 @@ def test_a_checkpoint_that_cannot_be_set_aside_is_said_and_kept(tmp_path: Path) 
     kept, taken = tmp_path / "head", tmp_path / "head.before-2"
     kept.write_text("note")
     taken.mkdir()
-    with pytest.raises(StorageError, match="cannot move .*/head: Is a directory .*begins one more epoch"):
+    with pytest.raises(StorageError, match=r"cannot move .*/head: Is a directory .*begins one more epoch"):
         _set_aside(str(kept), 2)
     taken.rmdir()
     _set_aside(str(kept), 2)
