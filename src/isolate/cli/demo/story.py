@@ -24,6 +24,7 @@ from isolate.cli.demo import attacks
 from isolate.cli.demo.search import canary, encoded, find, needles_of, search
 from isolate.cli.demo.world import World, isolate_command
 from isolate.client.approve import Exporter, Wish, approve_export, read_approval
+from isolate.client.audit import Auditor
 from isolate.client.handle import Handle, attach
 from isolate.client.owner import Owner
 from isolate.crypto import x509
@@ -32,6 +33,7 @@ from isolate.crypto.signing import SigningKey
 from isolate.errors import IsolateError
 from isolate.launch.measure import runtime_files
 from isolate.launch.supervisor import Enclave
+from isolate.messages.http import fetch
 from isolate.transparency import Checkpoint, ConsistencyProof, InclusionProof
 
 LINEAGE = "digits"
@@ -319,6 +321,7 @@ class Story:
                     answers == truth.tolist(),
                     f"the analyst classifies ten images: {answers}",
                 )
+                self.receipt = analyst.receipt()
                 self.refused(
                     "eleventh_use_refused",
                     "budget_exhausted",
@@ -409,6 +412,19 @@ class Story:
             not _raises(lambda: consistency.verify(self.early, late))
             and _raises(lambda: consistency.verify(forked, late)),
             f"the log of {late.size} entries continues the one of {self.early.size}; a forked one does not",
+        )
+        service, use = self.world.address("service"), self.receipt
+        auditor = Auditor(lambda path, most: fetch(service, f"/log/{path}", most=most), origin=origin, public=key)
+        other = evolve(use, salt=bytes(32))
+        self.expect(
+            "log_receipt",
+            not _raises(lambda: auditor.find(use, certificate.release_key, late))
+            and _raises(lambda: auditor.find(other, certificate.release_key, late)),
+            f"the analyst's receipt is for entry {use.settled.log_index}; one with another opening is not",
+        )
+        codes = [one.details["code"] for one in self.owner.entries() if one.kind == "invocation refused"]
+        self.expect(
+            "log_refusals", bool(codes), f"the owner reads there what the enclave refused: {', '.join(codes)}"
         )
 
     # 9
