@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from isolate import KeyWrapper, SigningKey, sealed
 from isolate.crypto.secret import Secret
 from isolate.errors import KeyServiceRefused, KeyServiceUnavailable, NoRecipient, Tampered, UsageError
+from isolate.sealed import wrappers
 from isolate.sealed.wrappers import bounded, pkcs11
 
 CONTEXT = b"which file this is"
@@ -92,15 +95,31 @@ def test_a_module_that_is_not_there(hsm: Any, tmp_path: Path) -> None:
 
 def test_a_token_that_hangs_costs_no_more_than_the_timeout(hsm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tested with a library in Python that sleeps; C code that hangs is waited for in the same way."""
-    library = pytest.importorskip("pkcs11")
-    monkeypatch.setattr(library, "lib", lambda path: time.sleep(1.0))
-    begin = time.monotonic()
+    library, go = pytest.importorskip("pkcs11"), threading.Event()
+    monkeypatch.setattr(library, "lib", lambda path: go.wait(30))
+    before, begin = set(threading.enumerate()), time.monotonic()
     for _ in range(2):  # the second finds the first still busy
         with pytest.raises(KeyServiceUnavailable):
             wrapper(hsm, timeout=0.2).unwrap(bytes(60), CONTEXT)
-    assert time.monotonic() - begin < 0.9
-    time.sleep(1.2)
+    assert time.monotonic() - begin < 20
+    go.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
     monkeypatch.undo()
+
+
+def test_an_answer_at_the_last_moment_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(Future[int]):
+        """There when the time is up, and not before."""
+
+        def result(self, timeout: float | None = None) -> int:
+            found = super().result()
+            if timeout is not None:
+                raise TimeoutError
+            return found
+
+    monkeypatch.setattr(wrappers, "Future", Late)
+    assert bounded(lambda: 42, 0.1, "it") == 42
 
 
 def test_an_error_of_the_call_is_the_callers() -> None:

@@ -184,10 +184,14 @@ class Load:
                 self.told.append((request, done.log_index))
                 self.unanswered.remove(("owner/rule", request))
 
-    def run(self, seconds: float) -> None:
+    def run(self, seconds: float, least: int) -> None:
+        """Kill it after this time, and after as many answers to enclaves and to the owner, however slow it is."""
         for thread in self.threads:
             thread.start()
         time.sleep(seconds)
+        end = time.monotonic() + 60
+        while min(len(self.released), len(self.told)) < least and time.monotonic() < end:
+            time.sleep(0.005)
         self.shop.service.end(signal.SIGKILL)
         for thread in self.threads:
             thread.join(60)
@@ -199,7 +203,7 @@ def kill_under_load(shop: Shop, times: int, dice: random.Random) -> tuple[int, i
     releases, words, seen = 0, 0, shop.log()[1]
     for number in range(times):
         load = Load(shop, range(number * 2, number * 2 + 2))
-        load.run(dice.uniform(0.05, 0.6))
+        load.run(dice.uniform(0.05, 0.6), least=6 if number % 5 else 0)
         shop.again()
         # The log only grew, and holds all that was answered, each at its own place.
         answer, now = shop.log(seen.size)

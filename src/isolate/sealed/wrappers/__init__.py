@@ -11,6 +11,7 @@ the file key in plaintext, since it wraps it: whoever runs the KMS or the HSM ca
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -36,9 +37,9 @@ def bounded(call: Callable[[], T], timeout: float, what: str) -> T:
             answer.set_exception(error)
 
     threading.Thread(target=run, name="isolate-key", daemon=True).start()
-    try:
+    with contextlib.suppress(TimeoutError):
         return answer.result(timeout)
-    except TimeoutError:
-        if answer.done():
-            raise
-        raise KeyServiceUnavailable(f"{what} did not answer within {timeout:g} s") from None
+    if not answer.done():
+        raise KeyServiceUnavailable(f"{what} did not answer within {timeout:g} s")
+    # The call's own TimeoutError, or an answer that came just when the time was up.
+    return answer.result()
