@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import socket
 import socketserver
@@ -85,9 +87,12 @@ def hsm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Token]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that the kernel gives to nobody by itself: a server takes it a second later, and much runs meanwhile."""
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")
 
 
 def _serve(command: list[str], port: int, log: Path, **environment: str) -> subprocess.Popen[bytes]:
