@@ -206,13 +206,12 @@ def dangers(tree: ast.AST, package: str = "") -> list[str]:
     """Loaders that run what they read, code made from text, shells, and checks that -O removes."""
     found = [target for target in imports(tree) if target.split(".")[0] in LOADERS]
     for called, node in calls(tree):
-        whole = ast.unparse(node.func)
         # A method of our own by such a name is still worth another name.
-        if called in FORBIDDEN_CALLS and whole not in HARMLESS:
+        if called in FORBIDDEN_CALLS and ast.unparse(node.func) not in HARMLESS:
             found.append(called)
         # The program may say how its log looks, the library never.
-        if whole == "structlog.configure" and package != "cli":
-            found.append(whole)
+        if called == "configure" and ast.unparse(node.func) == "structlog.configure" and package != "cli":
+            found.append("structlog.configure")
         for keyword in node.keywords:
             on = isinstance(keyword.value, ast.Constant) and keyword.value.value is True
             if keyword.arg in ("allow_pickle", "shell") and on:
