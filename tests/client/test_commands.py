@@ -193,7 +193,8 @@ def test_a_result_is_shown_whatever_becomes_of_its_receipt(shop: Shop) -> None:
     assert not Path("use.receipt").exists()
     # No use is made where its receipt could not be kept.
     shop.house.answer = lambda _: pytest.fail("it was asked")
-    assert "team.handle exists already" in shop.run(f"{invoke} team.handle", status=1)
+    for name in ("team.handle", "none/use.receipt"):
+        assert f"{name} exists already, or cannot be made" in shop.run(f"{invoke} {name}", status=1)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from isolate.client import connect
 from isolate.client.handle import FileSigner, HandleFile, attach
 from isolate.client.handle_file import MAX_FILE
 from isolate.client.owner import Owner
-from isolate.crypto import cbor
+from isolate.crypto import cbor, merkle
 from isolate.crypto.signing import SigningKey, VerifyingKey
 from isolate.errors import (
     BudgetExhausted,
@@ -44,6 +44,7 @@ from isolate.errors import (
 from isolate.messages.base import Answer, Signed
 from isolate.messages.invoke import Budget, Invoke, Receipt, Reply, Reservation, ReserveRequest, SettleRequest
 from isolate.messages.owner import Done, Revoke
+from isolate.messages.receipts import commitment
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
@@ -366,7 +367,12 @@ def test_a_receipt_is_the_services_and_for_the_use_that_was_asked_for(
     release = realm.state.release_key
     other, forger = realm.service.budgets.receipt(first, key.verifying_key.ed25519), SigningKey.generate()
     forged = evolve(other, receipt=evolve(other.settled, invocation=second).sign(forger).encode())
-    for lie in (other, forged, evolve(other, receipt=b"")):
+    # One that says of another asset's use that it was this one.
+    details = cbor.encode({**other.about, "invocation": second, "asset": "another"})
+    entry = cbor.encode({"kind": "settled", "time": 0, "commitment": commitment(other.salt, details)})
+    signed = evolve(other.settled, invocation=second, leaf=merkle.leaf_hash(entry)).sign(release)
+    elsewhere = evolve(other, receipt=signed.encode(), entry=entry, details=details)
+    for lie in (other, forged, elsewhere, evolve(other, receipt=b"")):
         realm.courier = lambda route, body, lie=lie: (
             (200, Answer.make(Signed.parse(body), lie, release).encode())
             if route == "receipt"

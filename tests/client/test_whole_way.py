@@ -179,13 +179,21 @@ def test_a_handles_whole_life(town: Town) -> None:
     with isolate.attach("team.handle", signer=isolate.AgentSigner(agent)) as handle:
         assert handle.receipt(number).details == receipt.details
     look = f"log verify --service {town.service} --lineage acme --owner {town.key.verifying_key}"
-    index = receipt.settled.log_index
-    assert f"use.receipt: the use is entry {index}\n" in town.run(f"{look} --receipt use.receipt")
-    assert json.loads(town.run(f"{look} --receipt use.receipt --json"))["receipts"] == {"use.receipt": index}
+    index, use = receipt.settled.log_index, receipt.about
+    size = use["bytes_out"]
+    found = f"use.receipt: entry {index}, a use of acme/images: {size} bytes, a result\n"
+    assert found in town.run(f"{look} --receipt use.receipt")
+    assert json.loads(town.run(f"{look} --receipt use.receipt --json"))["receipts"] == {
+        "use.receipt": {
+            "entry": index, "asset": "acme/images", "handle": use["handle"].hex(),
+            "invocation": number.hex(), "bytes_out": size, "code": "",
+        }
+    }  # fmt: skip
+    # What was changed, or is of another service, is no proof against this one.
     evolve(receipt, salt=bytes(32)).save("false.receipt")
-    refused = town.run(f"{look} --remember log --receipt use.receipt --receipt false.receipt", status=1)
-    assert refused.startswith("isolate: log_inconsistent: false.receipt: this entry is about something else")
-    assert "what it showed is in log.refused" in refused and not Path("log").exists()
+    told = town.run(f"{look} --remember log --receipt use.receipt --receipt false.receipt", status=1)
+    assert told.startswith("isolate: log_refused: false.receipt: the receipt's entry is about something else")
+    assert not Path("log").exists() and not Path("log.refused").exists()
     # And the owner reads who did what, and what was refused: the enclave's word for it is in the log too.
     owned = town.run(f"owner log --sign owner.key --service {town.service} --lineage acme --json").splitlines()
     said = [json.loads(line) for line in owned]

@@ -267,6 +267,7 @@ def use_everything(
             for arguments in BAD:
                 ask(tokens[0], one, arguments)
         left.replies.append(server.answer(b"not a message", BINDING, guard))
+        server._refusals.tell()
         for entry in realm.entries("settled"):
             body, audience = ReceiptRequest(entry["invocation"]).encode(), realm.state.audience
             asked = Signed.make(Purpose.HOLDER_REQUEST, holder, body, bytes(32), audience)

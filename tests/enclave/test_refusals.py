@@ -1,4 +1,4 @@
-"""What an enclave refuses by itself stands in the log: for the owner's grant, in its logarithm, and never twice."""
+"""What an enclave refuses by itself stands in the log: for the owner's grant, and in its logarithm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from isolate.enclave.operations import Integer, Label, operation
 from isolate.enclave.refusals import Refusals
 from isolate.enclave.runtime import Server
 from isolate.errors import MalformedError, ServiceUnavailable
-from isolate.messages.invoke import Invoke, Noted, RefusalReport, Reply
+from isolate.messages.invoke import Invoke, Noted, RefusalReport, Reply, ReserveRequest
 
 BINDING = b"b" * 32
 KIND = "invocation refused"
@@ -51,8 +51,14 @@ class Door:
         invocation = Invocation.sign(token, key or self.key, **(fields | changes))
         return Invoke(token.encode(), invocation.encode(), arguments).padded()
 
-    def send(self, request: bytes) -> str:
+    def answer(self, request: bytes) -> str:
         return Reply.parse(self.server.answer(request, BINDING, self._replay)).code
+
+    def send(self, request: bytes) -> str:
+        """The reply's code, once the service was told what it is told of it."""
+        code = self.answer(request)
+        self.server._refusals.tell()
+        return code
 
     def said(self, code: str) -> list[dict[str, Any]]:
         return [one for one in self.realm.entries(KIND) if one["code"] == code]
@@ -132,10 +138,69 @@ def test_a_service_that_is_away_hears_of_it_later_and_the_refusal_stands(door: D
     bad = {"arguments": {"number": 101}}
     door.realm.courier = away
     assert [door.send(door.request(**bad)) for _ in range(3)] == ["bad_argument"] * 3
+    assert door.send(b"no request") == "malformed"
     door.realm.courier = door.realm.serve
     assert not door.realm.entries(KIND)
+    assert door.server._refusals.tell() and door.server._refusals.tell()
+    assert [one["count"] for one in door.said("bad_argument")] == [3]
+    assert [one["count"] for one in door.said("malformed")] == [1]
     assert door.send(door.request(**bad)) == "bad_argument"
-    assert [one["count"] for one in door.said("bad_argument")] == [4]
+    assert [one["count"] for one in door.said("bad_argument")] == [3, 4]
+
+
+@pytest.mark.threat("ENC-43")
+def test_no_refusal_waits_for_the_service_or_is_another_by_its_fault(door: Door) -> None:
+    """Nor does the time that it takes tell how many were refused before."""
+    carried = len(door.realm.carried)
+    door.realm.courier = lambda *_: pytest.fail("a client waited for this")
+    for _ in range(5):
+        assert door.answer(door.request(arguments={"number": 101})) == "bad_argument"
+        assert door.answer(b"no request") == "malformed"
+    assert len(door.realm.carried) == carried
+
+
+@pytest.mark.threat("ENC-42")
+def test_what_serves_tells_by_itself_and_goes_on_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isolate.enclave.refusals.AGAIN", 0.001)
+    told: list[tuple[str, int]] = []
+    faults, done = [ValueError("a bug"), ServiceUnavailable("away")], threading.Event()
+
+    class Workload:
+        @staticmethod
+        def report_refusals(report: RefusalReport) -> None:
+            if faults:
+                raise faults.pop()
+            told.append((report.code, report.times))
+            if report.code == "y":
+                done.set()
+
+    refusals = Refusals(Workload())  # type: ignore[arg-type]
+    threading.Thread(target=refusals.run, daemon=True).start()
+    refusals.note(b"", b"", "x")
+    refusals.note(b"", b"", "y")
+    assert done.wait(10) and sorted(told) == [("x", 1), ("y", 1)]
+
+
+@pytest.mark.threat("SVC-6")
+def test_what_an_enclave_refuses_hides_nothing_that_the_service_refuses(door: Door) -> None:
+    """Of one grant and one code; to be refused by the enclave costs nothing."""
+    captured = door.request()
+    assert door.send(captured) == ""
+    assert {door.send(captured) for _ in range(5)} == {"replayed"}
+    sent = Invoke.parse(captured)
+    hashed = hash_arguments(cbor.encode(sent.arguments))
+    again = ReserveRequest(sent.token, sent.invocation, BINDING, hashed, 256)
+    assert door.realm.code(lambda: door.enclave.reserve(again, b"")) == "replayed"
+    assert [one["count"] for one in door.said("replayed")] == [1, 2, 4]
+    assert [(one["code"], one["count"]) for one in door.realm.entries("use refused")] == [("replayed", 1)]
+
+
+def test_a_grant_with_a_limit_that_is_not_enforced_is_named(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("enclave.runtime", "service.budgets"):
+        monkeypatch.setattr(f"isolate.{module}.ENFORCED", frozenset())
+    assert door.send(door.request()) == "not_enforced"
+    (entry,) = door.said("not_enforced")
+    assert (entry["asset"], entry["handle"]) == ("a/b", door.token.id)
 
 
 def test_of_several_at_once_there_is_one_entry_where_one_of_them_is_due(realm: Any) -> None:
@@ -152,19 +217,24 @@ def test_of_several_at_once_there_is_one_entry_where_one_of_them_is_due(realm: A
 
 
 def test_threads_lose_none() -> None:
-    told: list[int] = []
+    told: list[tuple[str, int]] = []
 
     class Workload:
         @staticmethod
         def report_refusals(report: RefusalReport) -> None:
-            told.append(report.times)
+            if not told:
+                refusals.note(b"g", b"t", "y")  # the 2nd, while the 1st waits for its turn
+            told.append((report.code, report.times))
 
     refusals: Any = Refusals(Workload())  # type: ignore[arg-type]
+    refusals.note(b"g", b"t", "x")
+    refusals.note(b"g", b"t", "y")
+    assert refusals.tell() and refusals.tell() and told == [("x", 1), ("y", 2)]
     threads = [
-        threading.Thread(target=lambda: [refusals.note(b"g", b"t", "x") for _ in range(256)]) for _ in range(8)
+        threading.Thread(target=lambda: [refusals.note(b"g", b"t", "z") for _ in range(256)]) for _ in range(8)
     ]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(told) == 2048 and len(told) == 12
+    while any(thread.is_alive() for thread in threads):
+        assert refusals.tell()
+    assert refusals.tell() and sum(times for code, times in told if code == "z") == 2048

@@ -192,8 +192,7 @@ def test_check_2_a_captured_request_in_another_session_or_to_another_enclave(rea
         session = b"another session".ljust(32)
         reply = Reply.parse(place.answer(captured, session, ReplayGuard(session)))
         assert (reply.code, reply.value) == ("holder_refused", None)
-    # The service is told of the first of each, and asked for nothing.
-    assert {route for route, _ in realm.carried[asked:]} == {"refused"}
+    assert len(realm.carried) == asked
 
 
 @pytest.mark.threat("ENC-12", "CAP-12", "CAP-7")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from isolate.capability.scope import Scope
 from isolate.client.audit import Auditor
 from isolate.crypto import cbor, merkle
 from isolate.crypto.signing import SigningKey, write_key_file
-from isolate.errors import IsolateError, KeyFormatError, LogRefused, MalformedError, StorageError
-from isolate.messages.invoke import Receipt
-from isolate.messages.owner import LogAnswer, LogRequest, Revoke
+from isolate.errors import KeyFormatError, LogRefused, MalformedError, StorageError
+from isolate.messages.invoke import MAX_BYTES_OUT
+from isolate.messages.owner import MAX_ASSET, LogAnswer, LogRequest, Revoke
 from isolate.messages.receipts import UseReceipt, commitment
+from isolate.service.recovery import recover, rotate
 from isolate.service.tiles import Tiles
 from isolate.transparency.checkpoint import Checkpoint, sign_checkpoint
 from isolate.transparency.proof import InclusionProof
@@ -48,30 +50,39 @@ def test_a_receipt_is_found_in_the_log(realm: Any, use: UseReceipt) -> None:
     said, release = use.settled, realm.state.release_key
     entry, proof, checkpoint = proved(realm, said.log_index)
     use.verify(release.verifying_key, entry, proof, checkpoint)
-    assert realm.entries()[said.log_index] == {"kind": "settled", **cbor.decode(use.details)}
+    assert entry == use.entry and realm.entries()[said.log_index] == {"kind": "settled", **use.about}
     other, before = proved(realm, len(realm.entries()) - 1)[:2], proved(realm, said.log_index - 1)[:2]
     wrong: list[tuple[UseReceipt, bytes, InclusionProof]] = [
-        (resigned(use, release, log_index=said.log_index + 2), entry, proof),
-        (resigned(use, release, leaf=bytes(32)), entry, proof),
-        (use, other[0], proof),
-        (use, entry, other[1]),
-        (use, entry, evolve(proof, hashes=proof.hashes[:-1])),
-        # Somebody else's signature, and the service's over another use, size or code than the details name.
+        # Somebody else's signature, and the service's over another use, size or code than the entry is about.
         (resigned(use, SigningKey.generate()), entry, proof),
         (resigned(use, release, invocation=bytes(32)), entry, proof),
         (resigned(use, release, bytes_out=255), entry, proof),
         (resigned(use, release, code="operation_failed"), entry, proof),
-        # Of an entry that is about something else: the other use, by its own opening and by a false one.
-        (resigned(use, release, log_index=other[1].index, leaf=merkle.leaf_hash(other[0])), *other),
+        # What was changed after it was signed.
         (evolve(use, salt=bytes(32)), entry, proof),
-        (evolve(use, details=cbor.encode({**cbor.decode(use.details), "asset": "c"})), entry, proof),
-        # Of a use that was reserved only; and one that was written down after it was said to be.
-        (resigned(use, release, log_index=before[1].index, leaf=merkle.leaf_hash(before[0])), *before),
+        (evolve(use, details=cbor.encode({**use.about, "asset": "c"})), entry, proof),
+        (evolve(use, entry=other[0]), *other),
+        # A place that it does not name, or that is not there, as who carries the log may well show it.
+        (use, entry, other[1]),
+        (use, *other),
+        (use, other[0], proof),
+        (resigned(use, release, log_index=said.log_index + 2), entry, proof),
+        (use, entry, evolve(proof, hashes=proof.hashes[:-1])),
+        (use, entry, evolve(proof, size=proof.size - 1)),
+        # It was written down after it was said to be.
         (resigned(use, release, time=said.time - 1), entry, proof),
     ]
     for one, public, path in wrong:
-        with pytest.raises(LogRefused):
+        with pytest.raises(LogRefused) as error:
             one.verify(release.verifying_key, public, path, checkpoint)
+        # None of these is a proof against the service.
+        assert error.value.code == "log_refused"
+    # This is: the log has something else where the service said that the use is.
+    for public, path in (other, before):
+        lie = resigned(use, release, log_index=path.index)
+        with pytest.raises(LogRefused) as error:
+            lie.verify(release.verifying_key, public, path, checkpoint)
+        assert error.value.code == "log_inconsistent"
 
 
 @pytest.mark.threat("BUD-4")
@@ -83,26 +94,43 @@ def test_a_receipt_of_what_is_no_entry(use: UseReceipt) -> None:
         store = merkle.MemoryStore()
         note = sign_checkpoint(key, "log", 1, merkle.append(store, 0, entry))
         checkpoint, proof = Checkpoint.verify(note, "log", key.verifying_key.ed25519), InclusionProof(0, 1, ())
-        said = resigned(use, key, log_index=0, leaf=merkle.leaf_hash(entry))
+        said = evolve(resigned(use, key, log_index=0, leaf=merkle.leaf_hash(entry)), entry=entry)
         try:
             said.verify(key.verifying_key, entry, proof, checkpoint)
-            code = ""
-        except LogRefused as error:
-            code = error.code
-        assert code == ("" if entry == cbor.encode(good) else "log_inconsistent")
+            assert entry == cbor.encode(good)
+        except (LogRefused, MalformedError):
+            assert entry != cbor.encode(good)
 
 
 def test_what_is_no_receipt(use: UseReceipt) -> None:
-    key = SigningKey.generate().verifying_key
-    for one in (evolve(use, receipt=b""), evolve(use, receipt=use.encode()), evolve(use, details=b"\xff")):
-        with pytest.raises(MalformedError if one.details == use.details else LogRefused):
-            one.check(key)
     signer = SigningKey.generate()
-    for details in (b"\xff", cbor.encode([]), cbor.encode({}), cbor.encode({"invocation": "x"})):
-        with pytest.raises((LogRefused, MalformedError)):
-            evolve(resigned(use, signer), details=details).check(signer.verifying_key)
-    with pytest.raises(MalformedError):
-        evolve(use, salt=b"")
+    good = resigned(use, signer)
+    assert good.check(signer.verifying_key) == good.settled
+    broken = [b"\xff", *map(cbor.encode, ([], {}, use.about | {"more": 1}, use.about | {"bytes_out": True}))]
+    for one in (
+        evolve(good, receipt=b""), evolve(good, receipt=good.encode()), evolve(good, receipt=bytes(512)),
+        *(evolve(good, details=details) for details in broken),
+    ):  # fmt: skip
+        with pytest.raises(MalformedError):
+            one.check(signer.verifying_key)
+    sizes = {"receipt": bytes(513), "entry": bytes(257), "salt": b"", "details": bytes(2049)}
+    for name, value in sizes.items():
+        with pytest.raises(MalformedError):
+            evolve(use, **{name: value})
+
+
+def test_the_longest_receipt_there_can_be_is_given_and_kept(
+    realm: Any, till: Any, holder: SigningKey, tmp_path: Path
+) -> None:
+    name, code = "\U00020000" * MAX_ASSET, "c" * 64
+    realm.rule(name, readers=("reader",))
+    use = realm.use(realm.grant(holder, name), holder, bytes_out=MAX_BYTES_OUT)
+    number = till.reserve(use).invocation
+    till.settle(number, MAX_BYTES_OUT, code)
+    receipt = till.receipt(number, holder)
+    assert (receipt.about["asset"], receipt.about["code"]) == (name, code)
+    receipt.save(tmp_path / "use.receipt")
+    assert UseReceipt.load(tmp_path / "use.receipt") == receipt
 
 
 @pytest.mark.threat("BUD-14")
@@ -140,6 +168,41 @@ def test_what_is_open_has_no_receipt_and_what_has_ended_keeps_its(
     assert realm.code(lambda: till.receipt(left_open, holder)) == "not_settled"
 
 
+@pytest.mark.parametrize("act", [rotate, recover])
+def test_a_receipt_after_the_services_keys_were_renewed(
+    realm: Any, till: Any, holder: SigningKey, act: Callable[..., Any]
+) -> None:
+    token = realm.grant(holder)
+    done, left_open = (till.reserve(realm.use(token, holder)).invocation for _ in range(2))
+    till.settle(done)
+    before = till.receipt(done, holder)
+    realm.state.close()
+    act(realm.folder / "state", owner=realm.owner, unlock=realm.unlock, clock=realm.clock)
+    realm.open()
+    release = realm.state.release_key.verifying_key
+    with pytest.raises(LogRefused, match="keys were renewed"):
+        before.check(release)
+    # Asked for again it is the same use, in the log of now.
+    after = till.receipt(done, holder)
+    assert (after.entry, after.salt, after.details) == (before.entry, before.salt, before.details)
+    after.verify(release, *proved(realm, after.settled.log_index))
+    assert realm.code(lambda: till.receipt(left_open, holder)) == "not_settled"
+
+
+@pytest.mark.threat("BUD-14")
+@pytest.mark.parametrize("index", [1, "the other's"])
+def test_no_other_entry_is_opened_where_the_state_names_one(
+    realm: Any, till: Any, holder: SigningKey, index: Any
+) -> None:
+    """As one of an earlier version does, which has 1 for every use that was settled."""
+    number = till.send(realm.use(realm.grant(holder), holder)).invocation
+    other = SigningKey.generate()
+    index = index if index == 1 else till.send(realm.use(realm.grant(other), other)).log_index
+    with realm.state.transaction() as database:
+        database.execute("UPDATE reservation SET settled = ? WHERE invocation = ?", (index, number))
+    assert realm.code(lambda: till.receipt(number, holder)) == "not_settled"
+
+
 @pytest.mark.threat("BUD-4")
 def test_an_auditor_finds_the_use_of_a_receipt(realm: Any, till: Any, holder: SigningKey) -> None:
     token, uses = realm.grant(holder), []
@@ -167,14 +230,18 @@ def test_an_auditor_finds_the_use_of_a_receipt(realm: Any, till: Any, holder: Si
     first, last = (use.settled.log_index for use in uses)
     assert first < 256 < last
     assert [find(use) for use in uses] == ["", ""]
-    # The service says that a use is settled, and shows a log that ends before it.
+    # The service says that a use is settled, and shows a log that ends before it, or has another entry there.
     assert (find(uses[1], cut(last)), find(uses[0], cut(first))) == ("log_shrunk", "log_shrunk")
-    for index in (-1, at.size):
-        assert find(resigned(uses[0], realm.state.release_key, log_index=index)) == "log_shrunk"
-    # Or another entry in its place.
-    bundle = tiles.answer("tile/entries/000").body
-    other["tile/entries/000"] = bundle.replace(b"settled", b"sittled")
-    assert [find(use) for use in uses] == ["log_inconsistent", ""]
+    for index, code in ((-1, "log_shrunk"), (at.size, "log_shrunk"), (last, "log_inconsistent")):
+        assert find(resigned(uses[0], realm.state.release_key, log_index=index)) == code
+        # What it did not sign, and what a courier changed on its way, is no proof against it.
+        assert find(resigned(uses[0], SigningKey.generate(), log_index=index)) == "log_refused"
+    other["tile/entries/000"] = tiles.answer("tile/entries/000").body.replace(b"settled", b"sittled")
+    assert [find(use) for use in uses] == ["log_refused", ""]
+    other["tile/entries/000"] = b""
+    assert find(uses[0]) == ""
+    other["tile/0/000"] = tiles.answer("tile/0/001.p/" + str(at.size - 256)).body.ljust(8192, b"x")
+    assert find(uses[0]) == "log_refused"
 
 
 def test_a_receipt_is_a_file_of_one_line(use: UseReceipt, tmp_path: Path) -> None:
@@ -196,10 +263,3 @@ def test_a_receipt_is_a_file_of_one_line(use: UseReceipt, tmp_path: Path) -> Non
     assert (
         use.salt.hex() not in repr(use) and repr(use.salt) not in repr(use) and repr(use.details) not in repr(use)
     )
-
-
-def test_a_receipt_is_of_a_settled_use(realm: Any, use: UseReceipt) -> None:
-    said = use.check(realm.state.certificate.release_key)
-    assert isinstance(said, Receipt) and (said.bytes_out, said.code) == (256, "")
-    with pytest.raises(IsolateError, match="keys were renewed"):
-        use.check(SigningKey.generate().verifying_key)

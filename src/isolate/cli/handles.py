@@ -12,6 +12,7 @@ import json
 import os
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -117,8 +118,9 @@ def invoke(
         if not equals or not name:
             raise UsageError(f"an argument is NAME=VALUE, not {text[:40]!r}")
         values[name] = limits.argument(value)
-    if receipt is not None and os.path.lexists(receipt):
-        raise StorageError(f"{receipt} exists already", hint="choose another name: the use is charged before")
+    if receipt is not None and (os.path.lexists(receipt) or not Path(receipt).parent.is_dir()):
+        # Now: the use would be charged before.
+        raise StorageError(f"{receipt} exists already, or cannot be made", hint="choose another name")
     with attach(file, signer=open_signer(signer)) as handle:
         result = as_plain(handle.invoke(operation, **values))
         # Printed first: it is paid for, whatever becomes of the receipt.

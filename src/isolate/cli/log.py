@@ -14,8 +14,9 @@ import click
 
 from isolate.client.audit import Auditor, Report
 from isolate.client.connect import certificate
+from isolate.client.shown import as_plain, plain
 from isolate.crypto.signing import VerifyingKey
-from isolate.errors import LogRefused
+from isolate.errors import LogRefused, MalformedError
 from isolate.messages.http import fetch
 from isolate.messages.receipts import UseReceipt
 from isolate.transparency.checkpoint import Checkpoint, Witness
@@ -105,7 +106,7 @@ def verify(
 def _find(auditor: Auditor, path: str, use: UseReceipt, key: VerifyingKey, at: Checkpoint) -> None:
     try:
         auditor.find(use, key, at)
-    except LogRefused as error:
+    except (LogRefused, MalformedError) as error:
         error.message = f"{path}: {error.message}"
         raise
 
@@ -115,8 +116,9 @@ def _print(
 ) -> None:
     seen = report.checkpoint
     if as_json:
+        found = {path: {"entry": use.settled.log_index, **as_plain(use.about)} for path, use in uses.items()}
         body = {
-            "receipts": {path: use.settled.log_index for path, use in uses.items()},
+            "receipts": found,
             "origin": seen.origin, "size": seen.size, "root": seen.root.hex(), "remembered": report.old,
             "new": seen.size - (report.old or 0), "kinds": dict(report.kinds), "witnessed": dict(seen.witnessed),
         }  # fmt: skip
@@ -129,7 +131,9 @@ def _print(
     for kind, count in report.kinds.items():
         click.echo(f"{count:>8} {kind}")
     for path, use in uses.items():
-        click.echo(f"{path}: the use is entry {use.settled.log_index}")
+        of, index = use.about, use.settled.log_index
+        ended = f"ended as {plain(of['code'])}" if of["code"] else "a result"
+        click.echo(f"{path}: entry {index}, a use of {plain(of['asset'])}: {of['bytes_out']} bytes, {ended}")
     for name in seen.witnessed:
         click.echo(f"witnessed by {name}")
     if not watched:

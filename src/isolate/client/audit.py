@@ -97,9 +97,10 @@ class Auditor:
     def find(self, receipt: UseReceipt, release_key: VerifyingKey, at: Checkpoint) -> None:
         """Raise LogRefused unless the use of this receipt stands in the log, at a checkpoint that ``run`` found.
 
-        ``release_key``: of the certified service. Spec: docs/spec/service.md, 6.2.
+        ``release_key``: of the certified service. Raises MalformedError too. Spec: docs/spec/service.md, 6.2.
         """
-        index = receipt.settled.log_index
+        # Checked first: what the service did not sign is no proof against it.
+        index = receipt.check(release_key).log_index
         if not 0 <= index < at.size:
             raise LogRefused(f"the receipt names entry {index} of a log that has {at.size}", code="log_shrunk")
         tiles = TileStore(lambda path: self._fetch(path, WIDTH * merkle.HASH_SIZE), at.size)

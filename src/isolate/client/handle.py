@@ -126,7 +126,8 @@ class Handle(Held):
             handle.receipt().save("use.receipt")  # isolate log verify --receipt use.receipt finds it in the log
 
         ``use`` is its id (``last_use``, 32 bytes): also of one that failed after it ran, and through a handle that
-        was narrowed from yours, or has ended. Where threads share a handle, ask with the id.
+        was narrowed from yours, or has ended. Where threads share a handle, the last use may be another's: attach
+        one for each that wants receipts.
 
         Raises CapabilityRefused (``not_settled``: it stays spent; ``unknown_reservation``: also for what was spent
         from a lease), LogRefused, ServiceUnavailable, UsageError.

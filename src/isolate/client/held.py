@@ -213,9 +213,9 @@ class Held(NotCopied):
     def _signed(self, body: Message, found: ServiceCertificate) -> Signed:
         return Signed.make(Purpose.HOLDER_REQUEST, self._signer, body.encode(), os.urandom(32), found.audience)
 
-    @staticmethod
-    def _checked(receipt: UseReceipt, request: Signed, found: ServiceCertificate) -> UseReceipt:
-        if receipt.check(found.release_key).invocation != ReceiptRequest.parse(request.body).invocation:
+    def _checked(self, receipt: UseReceipt, request: Signed, found: ServiceCertificate) -> UseReceipt:
+        use = receipt.check(found.release_key).invocation
+        if (use, receipt.about["asset"]) != (ReceiptRequest.parse(request.body).invocation, self._token.asset):
             raise LogRefused("this receipt is for another use")
         return receipt
 

@@ -122,6 +122,7 @@ class Server:
         boot.only_events()
         with self._workload.listen(PURPOSE, rank=None, profile="client", timeout=IDLE) as listener:
             self._workload.report("serving", asset=self._asset, operations=sorted(self._operations))
+            threading.Thread(target=self._refusals.run, daemon=True).start()
             # Each thread accepts and serves: who stays silent in a handshake keeps one of them, not the door.
             threads = [
                 threading.Thread(target=self._accept, args=(listener,), daemon=True) for _ in range(MAX_CLIENTS)

@@ -194,7 +194,7 @@ class RefusalReport(Message):
 
 @frozen
 class Noted(Message):
-    """How often the service was told of this code by now."""
+    """How often the service was told of this code, for this grant (or by this instance), by now."""
 
     TYPE = "noted"
     count: int
