@@ -5,6 +5,7 @@ Enclaves are real ``Workload`` objects. They speak to ``Service.answer`` directl
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -88,17 +89,26 @@ def registers(name: str) -> dict[int, bytes]:
 class Realm:
     """Owner, service, platform; enclaves on request. ``courier`` carries every request, and may lie."""
 
-    def __init__(self, folder: Path, name: str = NAME, owner: SigningKey | None = None) -> None:
+    def __init__(
+        self, folder: Path, name: str = NAME, owner: SigningKey | None = None, like: Realm | None = None
+    ) -> None:
         self.folder, self.clock, self.unlock = folder, Clock(), UNLOCK
+        self.courier: Callable[[str, bytes], tuple[int, bytes]] = self.serve
+        self.carried: list[tuple[str, bytes]] = []
+        self.sequence = 0
+        if like is not None:
+            self.owner, self.recovery = like.owner, like.recovery
+            self.root = SimulatedRoot(like.root._key, like.root.certificate, clock=self.clock)
+            self.carried, self.sequence = list(like.carried), like.sequence
+            shutil.copytree(like.folder / "state", folder / "state")
+            self.open()
+            return
         self.owner, self.recovery = owner or SigningKey.generate(), Identity.generate()
         self.root = SimulatedRoot.generate(clock=self.clock)
         create(
             folder / "state", owner=self.owner, name=name, lineage=LINEAGE,
             recovery=[self.recovery.recipient], unlock=UNLOCK, now=NOW, epoch=1,
         )  # fmt: skip
-        self.courier: Callable[[str, bytes], tuple[int, bytes]] = self.serve
-        self.carried: list[tuple[str, bytes]] = []
-        self.sequence = 0
         self.open()
         self.set_policy()
 
@@ -393,9 +403,20 @@ def realms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
             realm.state.close()
 
 
+@pytest.fixture(scope="session")
+def mould(tmp_path_factory: pytest.TempPathFactory) -> Realm:
+    """Made once, and closed: the realm of each test begins as a copy of it, with the same keys."""
+    made = Realm.__new__(Realm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http, "post", made.post)
+        made.__init__(tmp_path_factory.mktemp("mould"))  # type: ignore[misc]
+    made.state.close()
+    return made
+
+
 @pytest.fixture
-def realm(realms: Callable[..., Realm]) -> Realm:
-    return realms()
+def realm(realms: Callable[..., Realm], mould: Realm) -> Realm:
+    return realms(like=mould)
 
 
 class Serving:

@@ -25,7 +25,7 @@ assert _spec is not None and _spec.loader is not None
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 
-realm, realms = _module.realm, _module.realms
+mould, realm, realms = _module.mould, _module.realm, _module.realms
 
 
 @pytest.fixture(scope="session")
