@@ -13,6 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -26,6 +29,18 @@ from isolate.crypto.secret import Secret
 
 ACCESS, SECRET = "AKIDFORTESTSONLY", "a-key-for-tests-that-opens-nothing"
 _MODULES = ("/usr/lib/softhsm/libsofthsm2.so", "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def descriptions() -> Iterator[None]:
+    """boto3 reads megabytes of descriptions of services for each client: here once."""
+    if find_spec("boto3") is None:
+        yield
+        return
+    session = import_module("botocore.session")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "create_loader", cache(session.create_loader))
+        yield
 
 
 @pytest.fixture(scope="session")
