@@ -6,6 +6,7 @@ import importlib
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import SimpleNamespace
@@ -349,6 +350,55 @@ def test_whoever_leaves_is_missed_only_by_those_who_need_it(pair: Job) -> None:
 
     found = pair.errors(work)
     assert found[0] is None and isinstance(found[1], RankFailed) and "left" in str(found[1])
+
+
+def test_a_group_is_closed_while_it_fails(pair: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, just before the one that tells the others is started."""
+    links, raised = pair.groups[0]._links, []
+
+    def close() -> None:
+        try:
+            links.close()
+        except BaseException as error:
+            raised.append(error)
+
+    closing = threading.Thread(target=close)
+
+    class Farewell(threading.Thread):
+        def start(self) -> None:
+            if self._target == links._tell_all:  # type: ignore[attr-defined]
+                closing.start()
+                closing.join(0.2)
+            super().start()
+
+    monkeypatch.setattr(threading, "Thread", Farewell)
+    links.fail(RankFailed("rank 1 failed: it is gone", rank=1, code="rank_gone"))
+    closing.join(20)
+    assert (raised, links.closed) == ([], True)
+
+
+def test_a_group_fails_while_another_is_made(pair: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, just when the groups are gone through that have to know it too."""
+    made: list[Job] = []
+    making = threading.Thread(target=lambda: made.append(Job(1)))
+
+    class Live(weakref.WeakSet[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            for one in super().__iter__():
+                if making.ident is None:
+                    making.start()
+                    making.join(0.2)
+                yield one
+
+    live = Live()
+    monkeypatch.setattr("isolate.torch.links._LIVE", live)
+    links = pair.groups[0]._links
+    live.add(links)
+    error = RankFailed("rank 1 failed: it is gone", rank=1, code="rank_gone")
+    assert links.fail(error) is error
+    making.join(20)
+    assert len(live) == 2
+    made[0].close()
 
 
 def test_abort_tells_everybody(pair: Job) -> None:

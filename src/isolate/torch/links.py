@@ -100,7 +100,8 @@ class Links:
         self._patience = timeout + max(5.0, timeout / 4)
         self._roster = Roster(ranks, me=rank, beat=self._beat, clock=time.monotonic)
         self._boot = rendezvous.boot()
-        _LIVE.add(self)
+        with _GUARD:
+            _LIVE.add(self)
         if self.size == 1:
             return
         try:
@@ -357,13 +358,16 @@ class Links:
                 return error
             self.failure = error
             self._farewell = threading.Thread(target=self._tell_all, args=(error,), daemon=True)
+            # Here: whoever closes the group meanwhile waits for it, which one may not before it is started.
+            self._farewell.start()
             self._changed.notify_all()
-        self._farewell.start()
         # The others read of the reason before they see links end; but one that does not read must not hold us.
         self._farewell.join(0.2)
         # Whoever is blocked in a channel wakes up.
         self._give_up_links()
-        for other in list(_LIVE):
+        with _GUARD:
+            live = list(_LIVE)
+        for other in live:
             # The other groups of this rank, which may have longer limits: the job has lost a rank.
             if other._peers is self._peers and error.rank in other.ranks and error.code not in _OF_ONE_GROUP:
                 other.fail(error)
@@ -484,6 +488,7 @@ class Links:
 
 
 _LIVE: weakref.WeakSet[Links] = weakref.WeakSet()
+_GUARD = threading.Lock()  # a set that grows cannot be gone through
 
 
 def _same_instance(one: Channel, other: Channel) -> bool:
