@@ -422,10 +422,18 @@ class Story:
             and _raises(lambda: auditor.find(other, certificate.release_key, late)),
             f"the analyst's receipt is for entry {use.settled.log_index}; one with another opening is not",
         )
-        codes = [one.details["code"] for one in self.owner.entries() if one.kind == "invocation refused"]
+        codes = self.refused_inside()
         self.expect(
             "log_refusals", bool(codes), f"the owner reads there what the enclave refused: {', '.join(codes)}"
         )
+
+    def refused_inside(self) -> list[str]:
+        """The codes of what the log says that an enclave refused by itself, of which it tells soon after."""
+        for _ in range(50):
+            if codes := [one.details["code"] for one in self.owner.entries() if one.kind == "invocation refused"]:
+                break
+            time.sleep(0.1)
+        return codes
 
     # 9
     def look(self) -> None:
