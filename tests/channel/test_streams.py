@@ -309,7 +309,7 @@ def test_one_flipped_byte_ends_both_sides(world: Any, address: str, together: Bo
             ),
             listener.accept,
         )
-        hurry(other, 1)
+        hurry(other, 0.3)
         send = one._wire.send
 
         def flip(data: memoryview) -> bool:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import nacl.pwhash.argon2id
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -133,7 +134,12 @@ def test_inspect_shows_what_is_public_and_with_a_key_the_rest(shop: Any) -> None
     assert "no_recipient" in shop.run("inspect m.sealed -i other.key", status=1)
 
 
-def test_rewrap_and_passphrases(shop: Any) -> None:
+def test_rewrap_and_passphrases(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The least work: how much it is by default is tested with the recipients.
+    kdf = nacl.pwhash.argon2id.kdf
+    monkeypatch.setattr(
+        nacl.pwhash.argon2id, "kdf", lambda *given, opslimit, memlimit: kdf(*given, opslimit=1, memlimit=1 << 16)
+    )
     (shop.path / "phrase").write_text("correct horse\n")
     shop.run("rewrap m.sealed -i id.key -r other.key -r id.key")
     shop.run("rewrap m.sealed -i other.key -r other.key")
