@@ -14,8 +14,6 @@ import os
 import re
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from isolate.attestation.evidence import Envelope, KeyDigests, Runtime, Slot
 from isolate.attestation.policy import Policy, Reference
+from isolate.cli import cli
 from isolate.client.owner import Owner
 from isolate.crypto import cbor
 from isolate.crypto.kem import Identity
@@ -386,18 +386,10 @@ def serves_a_round(service: Any, certificate: ServiceCertificate) -> None:
     challenge = post(service.address, "challenge", asked, Challenge)
     challenge.verify(service.owner.verifying_key, "acme", asked)
     Owner(service.owner, service=service.address, lineage="acme").set_rule("a/rule")
-    line = [sys.executable, "-m", "isolate", "log", "verify", "--owner", str(service.owner.verifying_key)]
-    line += [
-        "--lineage",
-        "acme",
-        "--remember",
-        str(service.folder / "seen"),
-        "--json",
-        "--service",
-        service.address,
-    ]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    words = ["log", "verify", "--owner", str(service.owner.verifying_key), "--lineage", "acme", "--json"]
+    words += ["--remember", str(service.folder / "seen"), "--service", service.address]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["kinds"]["rule"] >= 1
 
 

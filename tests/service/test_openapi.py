@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any, get_args, get_origin
 
 import pytest
+from click.testing import CliRunner
 
+from isolate.cli import cli
 from isolate.crypto import cbor
 from isolate.errors import IsolateError, MalformedError
 from isolate.messages.base import Answer, Limit, Message, Refusal, Signed, hints
@@ -125,10 +125,8 @@ def test_the_paths_that_are_read_are_those_of_the_application(realm: Any) -> Non
 
 
 def test_the_command_prints_it_without_a_state() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "isolate", "serve", "--openapi"], capture_output=True, check=False, timeout=60
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
+    done = CliRunner().invoke(cli, ["serve", "--openapi"])
+    assert (done.exit_code, done.stderr) == (0, "")
     assert json.loads(done.stdout) == description()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from isolate.cli import main
 from isolate.crypto.tls import pin, self_signed
 from isolate.errors import IsolateError, UsageError
 from isolate.messages import http
@@ -177,10 +178,13 @@ def test_plain_tcp_is_for_this_machine_only(address: str) -> None:
 
 
 @pytest.mark.threat("SVC-30")
-def test_serve_refuses_plain_tcp_that_others_reach() -> None:
-    line = [sys.executable, "-m", "isolate", "serve", "--state", "/nonexistent", "--listen", "tcp:0.0.0.0:8440"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, "without TLS on this machine only" in done.stderr) == (2, True)
+def test_serve_refuses_plain_tcp_that_others_reach(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("structlog.configure", lambda **_: None)  # it would be of all tests
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--state", "/nonexistent", "--listen", "tcp:0.0.0.0:8440"])
+    assert (ended.value.code, "without TLS on this machine only" in capsys.readouterr().err) == (2, True)
 
 
 @pytest.mark.parametrize(
