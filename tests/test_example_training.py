@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -55,17 +57,15 @@ with isolate.join() as workload:
     except isolate.errors.IsolateError as error:
         workload.report("refused", rank=rank, code=error.code, text=str(error))
 """
-# No torch inside: rank 1 fails the first time, while rank 0 waits for it.
+# No torch inside: rank 1 is killed the first time, while rank 0 waits for it.
 ELASTIC = """
-import os, sys, time
+import os, time
 import isolate
 with isolate.join() as workload:
-    slot, instance = workload.slot, workload.result.instance.hex()
-    restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    workload.report("here", rank=slot.rank, generation=slot.generation, restarts=restarts, instance=instance)
+    slot, restarts = workload.slot, os.environ["TORCHELASTIC_RESTART_COUNT"]
+    workload.report("here", rank=slot.rank, generation=slot.generation, restarts=restarts, pid=os.getpid())
     if restarts == "0":
-        time.sleep(2 if slot.rank else 60)
-        sys.exit(3)
+        time.sleep(60)
 """
 
 
@@ -203,6 +203,8 @@ def test_torch_elastic_starts_a_failed_worker_again_in_the_next_generation(examp
     admit(stage, sequence=3, elastic=app)
     options = ("--max-restarts=1", "--no-python")
     job = example.Job(stage, example.torchrun(2, *options, *example.launch(stage, app)))
+    first = {one["rank"]: one["pid"] for one in (job.until("here"), job.until("here"))}
+    os.kill(first[1], signal.SIGKILL)
     assert job.end() == 0
     here = {(one["rank"], one["restarts"]): one["generation"] for one in job.seen if one["event"] == "here"}
     assert set(here) == {(0, "0"), (0, "1"), (1, "0"), (1, "1")}
