@@ -289,7 +289,6 @@ def test_what_was_derived_has_ended_with_its_handle(realm: Any) -> None:
             readers_rule(database, "a/b/derived")
 
 
-@pytest.mark.threat("SVC-70")
 def test_a_checkpoint_that_cannot_be_set_aside_is_said_and_kept(tmp_path: Path) -> None:
     kept, taken = tmp_path / "head", tmp_path / "head.before-2"
     kept.write_text("note")
@@ -301,6 +300,7 @@ def test_a_checkpoint_that_cannot_be_set_aside_is_said_and_kept(tmp_path: Path) 
     assert not kept.exists() and taken.read_text() == "note"
 
 
+@pytest.mark.threat("SVC-70")
 def test_a_recovery_is_run_again_beside_the_checkpoint_of_an_earlier_epoch(realm: Any) -> None:
     """It was interrupted before the kept file was put aside: that note is of a log that has ended."""
     note = realm.service.log.checkpoint()

@@ -114,7 +114,7 @@ def plain(said: str) -> str:
 
 
 def as_plain(value: Any) -> Any:
-    """A result, or an entry's details, as JSON has it: bytes in hexadecimal digits.
+    r"""A result, or an entry's details, as JSON has it: bytes in hexadecimal digits.
 
     >>> as_plain({"handle": b"\x01\xff", "n": [1]})
     {'handle': '01ff', 'n': [1]}
