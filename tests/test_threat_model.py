@@ -98,6 +98,10 @@ def faults(text: str, files: dict[str, str]) -> list[str]:
     }
     marked = claims(tests)
     found = []
+    named: dict[str, set[str]] = {}
+    for row in register:
+        for test in row.tests if len(row.cells) > 3 else ():
+            named.setdefault(test, set()).add(row.id)
     for row in register:
         if len(row.cells) != len(HEADER) or not all(row.cells):
             found.append(f"{row.id}: a row has {len(HEADER)} cells that say something")
@@ -117,7 +121,7 @@ def faults(text: str, files: dict[str, str]) -> list[str]:
     found += [f"{one}: twice" for one in sorted({one for one in ids if ids.count(one) > 1})]
     for test, wanted in marked.items():
         found += [f"{one}: {test} claims it, and no row has it" for one in sorted(wanted - set(ids))]
-        listed = {row.id for row in register if len(row.cells) > 3 and test in row.tests}
+        listed = named.get(test, set())
         found += [f"{one}: its row does not name {test}" for one in sorted((wanted & set(ids)) - listed)]
     return found
 
