@@ -63,7 +63,8 @@ import os, time
 import isolate
 with isolate.join() as workload:
     slot, restarts = workload.slot, os.environ["TORCHELASTIC_RESTART_COUNT"]
-    workload.report("here", rank=slot.rank, generation=slot.generation, restarts=restarts, pid=os.getpid())
+    told = {"instance": workload.result.instance.hex(), "restarts": restarts, "pid": os.getpid()}
+    workload.report("here", rank=slot.rank, generation=slot.generation, **told)
     if restarts == "0":
         time.sleep(60)
 """
