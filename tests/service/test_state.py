@@ -112,9 +112,10 @@ def test_once(realm: Any) -> None:
 
 def test_every_commit_is_synced(realm: Any) -> None:
     """No kill of a process shows it: only a machine that loses its power would."""
-    database = realm.state._database
-    assert database.execute("PRAGMA synchronous").fetchone() == (2,)
-    assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    realm.state.close()
+    with State(realm.folder / "state", unlock=realm.unlock, clock=realm.clock) as state:
+        assert state._database.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert state._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_making_a_state(tmp_path: Path) -> None:
