@@ -20,6 +20,7 @@ from isolate.client.audit import Auditor, Report
 from isolate.crypto import cbor, merkle
 from isolate.crypto.signing import SigningKey
 from isolate.errors import LogRefused, ServiceUnavailable, StorageError, UsageError
+from isolate.messages.receipts import UseReceipt
 from isolate.service import head as heads
 from isolate.service.app import Application
 from isolate.service.head import Head
@@ -302,6 +303,36 @@ def test_a_recovery_is_accepted_with_a_good_log_only(
     assert (seen.read_text(), before.exists()) == (kept, False)
     assert run(*accept, checkpoint=new.encode()).exit_code == 0
     assert (seen.read_text(), before.read_text()) == (new, kept)
+
+
+@pytest.mark.threat("BUD-4")
+def test_the_command_convicts_by_what_the_service_signed_only(
+    realm: Any, run: Any, till: Any, holder: SigningKey, tmp_path: Path
+) -> None:
+    use = till.receipt(till.send(realm.use(realm.grant(holder), holder)).invocation, holder)
+    index, key = use.settled.log_index, realm.state.release_key
+
+    def look(receipt: UseReceipt, name: str) -> Any:
+        receipt.save(tmp_path / name)
+        return run("--remember", str(tmp_path / f"{name}.seen"), "--receipt", str(tmp_path / name))
+
+    def placed(at: int, signer: SigningKey) -> UseReceipt:
+        return evolve(use, receipt=evolve(use.settled, log_index=at).sign(signer).encode())
+
+    assert f"good: entry {index}, a use of a/b: 256 bytes, a result\n" in look(use, "good").output
+    for name, receipt, code in (
+        ("cut", placed(index + 1, key), "log_shrunk"),
+        ("other", placed(0, key), "log_inconsistent"),
+        ("forged", placed(index + 1, SigningKey.generate()), "log_refused"),
+        ("broken", evolve(use, details=b""), "malformed"),
+    ):
+        error = look(receipt, name).exception
+        assert (error.code, str(tmp_path / name) in error.message) == (code, True)
+        assert (tmp_path / f"{name}.seen.refused").exists() == (name in ("cut", "other"))
+        assert not (tmp_path / f"{name}.seen").exists()
+    failed = till.reserve(realm.use(realm.grant(holder), holder)).invocation
+    till.settle(failed, 9, "operation_failed")
+    assert "9 bytes, ended as operation_failed\n" in look(till.receipt(failed, holder), "failed").output
 
 
 def test_the_command_says_what_it_cannot_see(run: Any) -> None:
