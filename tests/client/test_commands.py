@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -190,6 +191,10 @@ def test_a_result_is_shown_whatever_becomes_of_its_receipt(shop: Shop) -> None:
         main(f"{invoke} use.receipt".split())  # this enclave has nothing charged
     said = shop._capsys.readouterr()
     assert (stop.value.code, said.out) == (1, "5\n") and "unknown_reservation" in said.err
+    (use,) = re.findall(r"it is of use ([0-9a-f]{64})", said.err)
+    again = f"handle receipt team.handle {use} --signer team.key -o use.receipt"
+    assert "unknown_reservation" in shop.run(again, status=1)
+    assert "cannot read none" in shop.run(again.replace(use, "none"), status=1)
     assert not Path("use.receipt").exists()
     # No use is made where its receipt could not be kept.
     shop.house.answer = lambda _: pytest.fail("it was asked")

@@ -189,6 +189,10 @@ def test_a_handles_whole_life(town: Town) -> None:
             "invocation": number.hex(), "bytes_out": size, "code": "",
         }
     }  # fmt: skip
+    # The team asks for it by its id, and the analyst once more by what there was.
+    for handle, signer, what in (("team", agent, number.hex()), ("analyst", "analyst.key", "use.receipt")):
+        town.run(f"handle receipt {handle}.handle {what} --signer {signer} -o {handle}.receipt")
+        assert UseReceipt.load(f"{handle}.receipt").about == use
     # What was changed, or is of another service, is no proof against this one.
     evolve(receipt, salt=bytes(32)).save("false.receipt")
     told = town.run(f"{look} --remember log --receipt use.receipt --receipt false.receipt", status=1)

@@ -1,4 +1,4 @@
-"""`isolate grant`, `delegate`, `invoke`, `revoke` and `handle show`: what an owner and a holder type.
+"""`isolate grant`, `delegate`, `invoke`, `revoke` and `handle show|receipt`: what an owner and a holder type.
 
 >>> [command(name).name for name in ("grant", "delegate", "invoke", "revoke")]
 ['grant', 'delegate', 'invoke', 'revoke']
@@ -25,7 +25,8 @@ from isolate.client.shown import as_plain, plain, scope_of
 from isolate.client.shown import limits as shown_limits
 from isolate.client.signers import open_signer
 from isolate.crypto.signing import SigningKey, VerifyingKey
-from isolate.errors import CapabilityRefused, StorageError, UsageError
+from isolate.errors import CapabilityRefused, IsolateError, StorageError, UsageError
+from isolate.messages.receipts import UseReceipt
 
 _SIGNER = click.option(
     "--signer", required=True, metavar="F|unix:PATH", help="The holder's key file, or the address of its agent."
@@ -129,7 +130,11 @@ def invoke(
         else:
             click.echo(plain(result) if isinstance(result, str) else json.dumps(result))
         if receipt is not None:
-            handle.receipt().save(receipt)
+            try:
+                handle.receipt().save(receipt)
+            except IsolateError as error:
+                error.hint = f"it is of use {(handle.last_use or b'').hex()}: `isolate handle receipt` asks again"
+                raise
 
 
 @click.command("revoke")
@@ -191,6 +196,23 @@ def show(file: str, signer: str | None, as_json: bool) -> None:
             click.echo(f"{name:<12} good, as far as the file says (--signer asks whether it was revoked)")
         else:
             click.echo(f"{name.replace('_', ' '):<12} {plain(str(value))}")
+
+
+@handle_group.command("receipt")
+@click.argument("file", metavar="F.handle")
+@click.argument("use", metavar="USE_ID|F.receipt")
+@_SIGNER
+@click.option("-o", "--output", required=True, metavar="F", help="The receipt: a new file.")
+def receipt_again(file: str, use: str, signer: str, output: str) -> None:
+    """Ask for the service's receipt of a use, by its id, or again by the receipt that there was.
+
+    The use was made through this handle, or one that was narrowed from it.
+    """
+    named = re.fullmatch(r"[0-9a-fA-F]{64}", use)
+    wanted = bytes.fromhex(use) if named else UseReceipt.load(use).settled.invocation
+    with attach(file, signer=open_signer(signer)) as handle:
+        handle.receipt(wanted).save(output)
+    click.echo(f"receipt for {wanted.hex()} in {output}")
 
 
 def _facts(file: HandleFile, token: Token) -> dict[str, Any]:
