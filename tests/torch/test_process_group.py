@@ -82,7 +82,7 @@ def job(request: pytest.FixtureRequest) -> Iterator[Job]:
 
 @pytest.fixture
 def pair() -> Iterator[Job]:
-    made = Job(2, timeout=1.5)
+    made = Job(2)
     yield made
     made.close()
 
@@ -310,12 +310,14 @@ def test_another_dtype_operation_or_size_is_no_silent_nonsense() -> None:
 
 
 @pytest.mark.threat("DIST-5")
-def test_an_absent_rank_is_named_in_time(pair: Job) -> None:
+def test_an_absent_rank_is_named_in_time() -> None:
+    pair = Job(2, timeout=1.5)
     error = each(1, lambda _: pair.groups[0].allreduce([torch.ones(4)]).wait())[0]
     assert isinstance(error, RankFailed) and error.rank == 1 and "does not take part" in str(error)
     # Whoever comes later is told as well.
     error = each(1, lambda _: pair.groups[1].allreduce([torch.ones(4)]).wait())[0]
     assert isinstance(error, RankFailed) and error.rank == 1
+    pair.close()
 
 
 def test_a_limit_of_one_call_and_of_a_message() -> None:
@@ -390,10 +392,8 @@ def test_a_group_fails_while_another_is_made(pair: Job, monkeypatch: pytest.Monk
                     making.join(0.2)
                 yield one
 
-    live = Live()
-    monkeypatch.setattr("isolate.torch.links._LIVE", live)
-    links = pair.groups[0]._links
-    live.add(links)
+    monkeypatch.setattr("isolate.torch.links._LIVE", live := Live())
+    live.add(links := pair.groups[0]._links)
     error = RankFailed("rank 1 failed: it is gone", rank=1, code="rank_gone")
     assert links.fail(error) is error
     making.join(20)
