@@ -52,6 +52,9 @@ def test_a_receipt_is_found_in_the_log(realm: Any, use: UseReceipt) -> None:
     use.verify(release.verifying_key, entry, proof, checkpoint)
     assert entry == use.entry and realm.entries()[said.log_index] == {"kind": "settled", **use.about}
     other, before = proved(realm, len(realm.entries()) - 1)[:2], proved(realm, said.log_index - 1)[:2]
+    # Of another asset, opened rightly: but that is no entry which the service signed for.
+    details = cbor.encode({**use.about, "asset": "c"})
+    opened = cbor.encode({**cbor.decode(entry), "commitment": commitment(use.salt, details)})
     wrong: list[tuple[UseReceipt, bytes, InclusionProof]] = [
         # Somebody else's signature, and the service's over another use, size or code than the entry is about.
         (resigned(use, SigningKey.generate()), entry, proof),
@@ -60,8 +63,9 @@ def test_a_receipt_is_found_in_the_log(realm: Any, use: UseReceipt) -> None:
         (resigned(use, release, code="operation_failed"), entry, proof),
         # What was changed after it was signed.
         (evolve(use, salt=bytes(32)), entry, proof),
-        (evolve(use, details=cbor.encode({**use.about, "asset": "c"})), entry, proof),
+        (evolve(use, details=details), entry, proof),
         (evolve(use, entry=other[0]), *other),
+        (evolve(use, entry=opened, details=details), entry, proof),
         # A place that it does not name, or that is not there, as who carries the log may well show it.
         (use, entry, other[1]),
         (use, *other),
