@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache, lru_cache
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,15 @@ def name(file: Path) -> str:
     return str(file.relative_to(SRC))
 
 
+@lru_cache(1)
+def nodes(tree: ast.AST) -> list[ast.AST]:
+    """All of a tree. Each check asks several times for those of one tree."""
+    return list(ast.walk(tree))
+
+
 def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
     """Every call with the last part of the called name."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Call):
             target = node.func
             if isinstance(target, ast.Name):
@@ -86,7 +93,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 
 def imports(tree: ast.AST) -> Iterator[str]:
     """Every module that is imported anywhere: in functions, under TYPE_CHECKING, and by a literal name."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -104,7 +111,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
             # f"{__name__}.x" stays in the package that says it.
             elif not first.startswith("f'{__name__}."):
                 yield "?"
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         # `import isolate` gives the place of the package, and is no way round the floors.
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "isolate":
             yield f"isolate.{node.attr}"
@@ -139,8 +146,11 @@ def breaches(package: str, tree: ast.AST) -> list[str]:
     return found
 
 
-def tree_of(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+@cache
+def found_in(file: Path) -> tuple[list[str], list[str]]:
+    """What this file imports and should not, and what is dangerous in it."""
+    tree, package = ast.parse(file.read_text(encoding="utf-8"), str(file)), package_of(file)
+    return breaches(package, tree), dangers(tree, package)
 
 
 def test_every_room_has_a_floor() -> None:
@@ -149,7 +159,8 @@ def test_every_room_has_a_floor() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_imports_go_down(file: Path) -> None:
-    assert breaches(package_of(file), tree_of(file)) == []
+    breached, _ = found_in(file)
+    assert breached == []
 
 
 @pytest.mark.parametrize(
@@ -216,13 +227,14 @@ def dangers(tree: ast.AST, package: str = "") -> list[str]:
             on = isinstance(keyword.value, ast.Constant) and keyword.value.value is True
             if keyword.arg in ("allow_pickle", "shell") and on:
                 found.append(f"{keyword.arg}=True")
-    found += ["assert" for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    found += ["assert" for node in nodes(tree) if isinstance(node, ast.Assert)]
     return found
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_nothing_dangerous_in_the_sources(file: Path) -> None:
-    assert dangers(tree_of(file), package_of(file)) == []
+    _, dangerous = found_in(file)
+    assert dangerous == []
 
 
 @pytest.mark.parametrize(
