@@ -40,7 +40,7 @@ def check_failed(case: dict[str, Any], who: int) -> None:
             continue
         assert answer["type"] in ("RankFailed", "RuntimeError"), answer
         assert f"rank {who} failed" in answer["error"] and answer["rank"] in (who, None), answer
-        # The start of the ranks, the limit, and the word of the others.
+        # The limit, and the word of the others.
         assert answer["seconds"] < 3 * TIMEOUT + 6, answer
 
 
