@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from isolate.cli.signals import end_once
+from isolate.cli.signals import end_once, ignore
 from isolate.client.agent import PURPOSES, Agent, AgentServer
 from isolate.crypto.signing import MAX_KEY_FILE, Purpose, SigningKey
 from isolate.enclave import boot
@@ -51,7 +51,7 @@ def agent(key_file: str, address: str | None, no_delegation: bool) -> None:
         signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
         # Looked at, not yet reaped: until it is, its number is nobody else's, and that signal goes nowhere else.
         os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ignore(signal.SIGTERM)
         sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), 0))
     os.close(ours)
     end_once(signal.SIGTERM)

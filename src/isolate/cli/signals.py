@@ -19,14 +19,19 @@ def end_once(*numbers: int, status: Callable[[int], int] = lambda _: 0) -> dict[
     """
 
     def end(number: int, _: Any) -> NoReturn:
-        # Python says on stderr of a signal that came just before that there is no handler for it any more.
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-        try:
-            for one in numbers:
-                signal.signal(one, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_BLOCK, ())  # after which Python looks what came
-        finally:
-            sys.unraisablehook = hook
+        ignore(*numbers)
         raise SystemExit(status(number))
 
     return {number: signal.signal(number, end) for number in numbers}
+
+
+def ignore(*numbers: int) -> None:
+    """From now on these signals change nothing; also one that came just now, and has not met its handler yet."""
+    # Python finds that it has no handler any more, and says so on stderr.
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ())  # after which Python looks what came
+    finally:
+        sys.unraisablehook = hook
