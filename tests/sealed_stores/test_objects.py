@@ -81,6 +81,18 @@ def stored(bucket: Bucket, shared_file: bytes) -> str:
     return f"{bucket.url}/model.sealed"
 
 
+_kept: set[str] = set()
+
+
+@pytest.fixture
+def kept(bucket: Bucket, shared_file: bytes) -> str:
+    """The model, sealed, as an object that is only read: stored once on each server."""
+    if bucket.server.url not in _kept:
+        ObjectFolder.open("s3://models/kept").put("model.sealed", shared_file)
+        _kept.add(bucket.server.url)
+    return "s3://models/kept/model.sealed"
+
+
 def same(found: dict[str, Any], model: dict[str, Any]) -> bool:
     return found.keys() == model.keys() and all(np.array_equal(found[name], model[name]) for name in model)
 
@@ -112,12 +124,12 @@ def test_memory_is_one_store_for_each_name(owner: SigningKey, identity: Any) -> 
 
 
 def test_reads_are_merged(
-    bucket: Bucket, stored: str, proxied: Any, credentials: Any, identity: Any, owner: Any, model: Any
+    bucket: Bucket, kept: str, proxied: Any, credentials: Any, identity: Any, owner: Any, model: Any
 ) -> None:
     """All of the data in requests of 8 MiB and more but the last, and nothing twice."""
     proxy = proxied(bucket.server)
     credentials(proxy.url)
-    assert same(sealed.load_file(stored, identity=identity, signed_by=owner.verifying_key), model)
+    assert same(sealed.load_file(kept, identity=identity, signed_by=owner.verifying_key), model)
     lengths = [last - first + 1 for first, last in proxy.ranges()]
     assert lengths[:2] == [HEADER_SIZE, MIB]  # header and tail, when it is opened
     assert sorted(lengths[2:])[1:] == [8 * MIB] * 3
@@ -126,11 +138,11 @@ def test_reads_are_merged(
 
 
 def test_a_slice_reads_what_it_covers(
-    bucket: Bucket, stored: str, proxied: Any, credentials: Any, identity: Any, owner: Any, model: Any
+    bucket: Bucket, kept: str, proxied: Any, credentials: Any, identity: Any, owner: Any, model: Any
 ) -> None:
     proxy = proxied(bucket.server)
     credentials(proxy.url)
-    with sealed.safe_open(stored, identity=identity, signed_by=owner.verifying_key) as file:
+    with sealed.safe_open(kept, identity=identity, signed_by=owner.verifying_key) as file:
         proxy.heads.clear()
         part = file.get_slice("layer.1.weight")[100:200]
     assert np.array_equal(part, model["layer.1.weight"][100:200])
@@ -139,11 +151,11 @@ def test_a_slice_reads_what_it_covers(
 
 @pytest.mark.parametrize("fault", ["503", "cut", "slow"])
 def test_a_fault_that_passes_is_tried_again(
-    bucket: Bucket, stored: str, proxied: Any, credentials: Any, identity: Any, owner: Any, model: Any, fault: str
+    bucket: Bucket, kept: str, proxied: Any, credentials: Any, identity: Any, owner: Any, model: Any, fault: str
 ) -> None:
     proxy = proxied(bucket.server, fault=fault, times=1, delay=3.0)
     credentials(proxy.url)
-    source = object_source(stored, timeout=1.5)
+    source = object_source(kept, timeout=1.5)
     assert same(sealed.load_file(source, identity=identity, signed_by=owner.verifying_key), model)
     source.close()
     assert proxy.broken == 1
@@ -168,7 +180,7 @@ def wide(head: str) -> bool:
 )
 @pytest.mark.parametrize("when", ["opening", "data"])
 def test_a_fault_that_stays_is_a_typed_error_and_never_wrong_bytes(
-    bucket: Bucket, stored: str, proxied: Any, credentials: Any, identity: Any, owner: Any, fault: str, error: type,
+    bucket: Bucket, kept: str, proxied: Any, credentials: Any, identity: Any, owner: Any, fault: str, error: type,
     when: str,
 ) -> None:  # fmt: skip
     proxy = proxied(bucket.server, fault=fault, delay=1.5)
@@ -179,7 +191,7 @@ def test_a_fault_that_stays_is_a_typed_error_and_never_wrong_bytes(
     # What comes in place of a header is no header; which check sees that depends on the bytes.
     expected = (NotSealed, Tampered, MalformedError) if (fault, when) == ("lie", "opening") else error
     with pytest.raises(expected):
-        source = object_source(stored, timeout=0.5 if fault == "slow" else 10.0, retries=1)
+        source = object_source(kept, timeout=0.5 if fault == "slow" else 10.0, retries=1)
         sealed.load_file(source, identity=identity, signed_by=owner.verifying_key)
     assert proxy.broken
     assert time.monotonic() - begin < 20
