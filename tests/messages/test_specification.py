@@ -9,7 +9,7 @@ import attrs
 import pytest
 
 from isolate import errors
-from isolate.messages import approve, attest, base, invoke, limits, owner
+from isolate.messages import approve, attest, base, invoke, limits, owner, receipts
 from isolate.messages.base import Message
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +17,7 @@ SPEC = (ROOT / "docs" / "spec" / "service.md").read_text(encoding="utf-8")
 CODES = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
 KINDS = [
     kind
-    for module in (base, attest, invoke, owner, limits, approve)
+    for module in (base, attest, invoke, owner, limits, approve, receipts)
     for kind in vars(module).values()
     if isinstance(kind, type)
     and issubclass(kind, Message)
