@@ -429,7 +429,7 @@ class Story:
 
     def refused_inside(self) -> list[str]:
         """The codes of what the log says that an enclave refused by itself, of which it tells soon after."""
-        for _ in range(50):
+        for _ in range(150):
             if codes := [one.details["code"] for one in self.owner.entries() if one.kind == "invocation refused"]:
                 break
             time.sleep(0.1)
