@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from isolate.enclave.operations import Integer, Label, operation
 from isolate.enclave.refusals import Refusals
 from isolate.enclave.runtime import Server
 from isolate.errors import MalformedError, ServiceUnavailable
+from isolate.messages.base import Signed
 from isolate.messages.invoke import Invoke, Noted, RefusalReport, Reply, ReserveRequest
 
 BINDING = b"b" * 32
@@ -128,6 +130,11 @@ def test_what_names_no_grant_of_the_owner_is_the_enclaves_own(door: Door) -> Non
         assert entry == {
             "kind": KIND, "code": code, "count": 1, "instance": door.enclave.result.instance
         }  # fmt: skip
+    # Nor does the service get, to look at, what anyone may have made up.
+    sent = [
+        RefusalReport.parse(Signed.parse(body).body) for route, body in door.realm.carried if route == "refused"
+    ]
+    assert [one.code for one in sent if one.token] == ["scope_exceeded"]
 
 
 @pytest.mark.threat("ENC-42")
@@ -174,11 +181,16 @@ def test_what_serves_tells_by_itself_and_goes_on_whatever_happens(monkeypatch: p
             if report.code == "y":
                 done.set()
 
-    refusals = Refusals(Workload())  # type: ignore[arg-type]
+    refusals, asked = Refusals(Workload()), list[bool]()  # type: ignore[arg-type]
+    tell = refusals.tell
+    monkeypatch.setattr(refusals, "tell", lambda: asked.append(True) or tell())
     threading.Thread(target=refusals.run, daemon=True).start()
     refusals.note(b"", b"", "x")
     refusals.note(b"", b"", "y")
     assert done.wait(10) and sorted(told) == [("x", 1), ("y", 1)]
+    # And waits for the next one without asking itself over and over.
+    time.sleep(0.02)
+    assert len(asked) < 10
 
 
 @pytest.mark.threat("SVC-6")

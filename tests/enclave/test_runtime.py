@@ -547,7 +547,8 @@ def test_silent_and_refused_clients_keep_nobody_else_out(
     monkeypatch.setattr("isolate.enclave.runtime.peer_pid", lambda _: 1)
     listener = FakeListener(*refused, *silent, good)
     monkeypatch.setattr(server._workload, "listen", lambda *_, **__: listener)
-    silenced: list[bool] = []
+    silenced, telling = list[bool](), threading.Event()
+    monkeypatch.setattr(server._refusals, "run", telling.set)
     monkeypatch.setattr("isolate.enclave.boot.only_events", lambda: silenced.append(True))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -560,7 +561,7 @@ def test_silent_and_refused_clients_keep_nobody_else_out(
     patience.set()
     thread.join(20)
     assert all(one.closed for one in silent)
-    assert silenced == [True]
+    assert silenced == [True] and telling.wait(20)
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     events = [(one.pop("event"), one) for one in said]
     assert ("serving", {"asset": "a/b", "operations": sorted(one.name for one in OPERATIONS)}) in events

@@ -12,11 +12,12 @@ from attrs import evolve
 from isolate.capability.scope import Scope
 from isolate.client.audit import Auditor
 from isolate.crypto import cbor, merkle
-from isolate.crypto.signing import SigningKey, write_key_file
+from isolate.crypto.signing import Purpose, SigningKey, write_key_file
 from isolate.errors import KeyFormatError, LogRefused, MalformedError, StorageError
+from isolate.messages.base import Signed
 from isolate.messages.invoke import MAX_BYTES_OUT
 from isolate.messages.owner import MAX_ASSET, LogAnswer, LogRequest, Revoke
-from isolate.messages.receipts import UseReceipt, commitment
+from isolate.messages.receipts import ReceiptRequest, UseReceipt, commitment
 from isolate.service.recovery import recover, rotate
 from isolate.service.tiles import Tiles
 from isolate.transparency.checkpoint import Checkpoint, sign_checkpoint
@@ -151,6 +152,20 @@ def test_a_receipt_is_told_to_the_holders_of_its_chain_only(realm: Any, till: An
     unknown = realm.code(lambda: till.receipt(bytes(32), analyst))
     for stranger in (neighbour, SigningKey.generate(), realm.owner):
         assert realm.code(lambda: till.receipt(number, stranger)) == unknown == "unknown_reservation"  # noqa: B023
+    # A holder's key stands in every token: it takes a signature, for this and for this service.
+    body, here = ReceiptRequest(number).encode(), realm.state.audience
+    mine, other = (
+        Signed.make(purpose, analyst, body, bytes(32), here)
+        for purpose in (Purpose.HOLDER_REQUEST, Purpose.ENCLAVE_REQUEST)
+    )
+    stolen = Signed.make(Purpose.HOLDER_REQUEST, neighbour, body, bytes(32), here)
+    for forged, code in (
+        (evolve(stolen, key=analyst.verifying_key.to_bytes()), "bad_signature"),
+        (other, "bad_signature"),
+        (evolve(mine, body=ReceiptRequest(bytes(32)).encode()), "bad_signature"),
+        (Signed.make(Purpose.HOLDER_REQUEST, analyst, body, bytes(32), "another/1"), "wrong_audience"),
+    ):
+        assert realm.code(lambda forged=forged: realm.ask("receipt", forged, UseReceipt)) == code
     assert realm.rows() == rows
 
 
