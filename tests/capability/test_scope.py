@@ -17,7 +17,7 @@ DIGEST = bytes(32)
 
 
 @pytest.mark.threat("CAP-1")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_meet_is_total_associative_commutative_idempotent_and_monotone(scopes: Any, data: st.DataObject) -> None:
     a, b, c = (data.draw(scopes) for _ in range(3))

@@ -262,7 +262,7 @@ def test_a_close_waits_for_no_reader_that_is_stuck(linked: Linked) -> None:
             await asyncio.sleep(0.05)
             began = time.monotonic()
             await one.close()
-            assert time.monotonic() - began < 4  # it sends for 5 s
+            assert time.monotonic() - began < 0.5
             with pytest.raises(ChannelClosed):
                 await sender
 

@@ -206,7 +206,7 @@ def test_closing_wakes_who_is_stuck_in_sending(linked: tuple[Channel, Channel], 
     found, _ = together(lambda: one.send(bytes(64 << 20)), close)
     # And not ChannelTimeout, which it is for who is left to wait.
     assert isinstance(found, ChannelClosed), found
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 3
 
 
 @pytest.mark.threat("CHAN-3")
@@ -349,7 +349,7 @@ def test_timeouts_are_typed_and_bounded(world: Any, address: str, together: Both
                 one.send(bytes(1 << 20))
         with pytest.raises(ChannelClosed):
             one.send(b"x")
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 10
         with pytest.raises(ChannelTimeout, match="nobody connected"):
             listener.accept(0.05)
         one.close()
@@ -387,7 +387,7 @@ def test_silent_and_dripping_peers_are_dropped(world: Any, listener: Listener) -
             listener.accept()
         stop.set()
         thread.join()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 3
 
 
 @pytest.mark.threat("CHAN-7")

@@ -100,7 +100,7 @@ def test_a_dripping_courier_holds_nobody_for_longer_than_the_timeout(serve: Serv
     began = time.monotonic()
     with pytest.raises(ServiceUnavailable):
         ask(serve(drip), timeout=0.4)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("address", ["unix:/nowhere", "unix:/" + "x" * 200, "unix:a\0b", "tcp:127.0.0.1:1"])
@@ -193,7 +193,7 @@ def test_the_deadline_is_one_for_all_attempts(serve: Serve) -> None:
     began = time.monotonic()
     with pytest.raises(ServiceUnavailable):
         ask(serve(*[refusing(429, "too_many", [])] * 50), timeout=0.4, attempts=50)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 3
 
 
 # Addresses

@@ -129,7 +129,7 @@ def test_a_silent_kms_costs_no_more_than_the_timeout(keys: Any) -> None:
         begin = time.monotonic()
         with pytest.raises(KeyServiceUnavailable):
             wrapper.wrap(KEY, CONTEXT)
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 2.0
 
 
 def test_no_credentials(aws: Any, keys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_token_that_hangs_costs_no_more_than_the_timeout(hsm: Any, monkeypatch
     for _ in range(2):  # the second finds the first still busy
         with pytest.raises(KeyServiceUnavailable):
             wrapper(hsm, timeout=0.2).unwrap(bytes(60), CONTEXT)
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 0.9
     go.set()
     for thread in set(threading.enumerate()) - before:
         thread.join(20)

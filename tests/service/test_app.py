@@ -158,7 +158,7 @@ def test_a_body_that_is_signed_and_odd(realm: Any) -> None:
     inner = [
         ReleaseRequest(bytes(32), [], bytes(32)), use, AssetRule("a", [], []), AssetRequest("a"), Revoke(bytes(32)),
     ]  # fmt: skip
-    for number in range(150):
+    for number in range(300):
         raw = mutate(dice.choice(inner).encode(), dice)
         key, purpose = (
             (realm.owner, Purpose.OWNER_REQUEST) if number % 2 else (enclave._signing, Purpose.ENCLAVE_REQUEST)

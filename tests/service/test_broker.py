@@ -242,7 +242,7 @@ def test_nothing_changes_between_a_check_and_the_release(
 
     monkeypatch.setattr(Broker, "allow", staticmethod(allow))
     sealed.load_file(path, identity=realm.enclave())
-    threads[0].join(30)
+    threads[0].join(5)
     assert order == ["checked", "rule"]
     monkeypatch.undo()
 

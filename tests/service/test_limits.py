@@ -265,7 +265,7 @@ def test_connections_that_say_nothing_keep_nobody_out(
         silent = [undo.enter_context(contextlib.closing(service.connect())) for _ in range(6)]
         gone(silent[0], b"POST /v1/certificate HTTP/1.1\r\nHost: x\r\nX-Drip:")
         # Bytes that keep coming change nothing: what is not a whole request in time ends.
-        ended = time.monotonic() + 20
+        ended = time.monotonic() + 5
         while not gone(silent[0], b"x") and time.monotonic() < ended:
             time.sleep(0.05)
         assert time.monotonic() < ended
@@ -390,7 +390,7 @@ def test_sigterm_answers_what_was_begun_and_waits_for_nobody(serving: Callable[.
             one.process.send_signal(signal.SIGTERM)
             time.sleep(0.001)
         assert one.end() == 0
-        assert time.monotonic() - began < (listener.GRACE + 10 if drips else listener.GRACE)
+        assert time.monotonic() - began < (listener.GRACE + 5 if drips else 5)
     assert "Traceback" not in one.errors.read_text()
     assert (one.folder / "head").read_bytes().splitlines()[1] == size != b"0"
 
@@ -408,7 +408,7 @@ def test_a_dripping_client_holds_the_end_up_for_a_bounded_time(
         begin(made, 1000)
         began = time.monotonic()
         service.end()
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 4
 
 
 @pytest.mark.threat("SVC-36")
@@ -422,4 +422,4 @@ def test_an_idle_client_that_says_no_goodbye_is_not_waited_for(
         exchange(idle, "GET", "/health", b"")
         began = time.monotonic()
         service.end()
-        assert time.monotonic() - began < listener.GRACE - 1
+        assert time.monotonic() - began < listener.GRACE / 2
