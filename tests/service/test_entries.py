@@ -87,26 +87,33 @@ def test_a_service_that_tells_its_owner_something_else_is_seen(realm: Any, mine:
     salted = {**used, "details": details}
     public = {**cbor.decode(used["public"]), "commitment": entries.commitment(used["salt"], details)}
     odd = cbor.encode([])
-    lies: list[dict[str, bytes]] = [
-        salted,  # other details
-        {**salted, "public": cbor.encode(public)},  # with an entry that fits them, which is not in the log
-        {**used, "salt": bytes(32)},
+    # What fits, and is not what the log has there: whether the service lies, or somebody changed the log's file.
+    elsewhere: list[dict[str, bytes]] = [
+        {**salted, "public": cbor.encode(public)},
         {**used, "public": cbor.encode({**cbor.decode(used["public"]), "kind": "usf"})},
         honest[place + 1],
+    ]
+    lies: list[dict[str, bytes]] = [
+        salted, {**used, "salt": bytes(32)},
         {**used, "public": b""}, {**used, "details": b"\xff"}, {**used, "details": b""},
         {"public": used["public"], "salt": used["salt"]}, {**used, "more": b""}, {},
         {**used, "details": odd, "public": cbor.encode(
             {**public, "commitment": entries.commitment(used["salt"], odd)}
         )},
     ]  # fmt: skip
-    answers: list[Told] = [[*honest[:place], lie, *honest[place + 1 :]] for lie in lies]
+    answers: list[tuple[str, Told]] = [
+        (code, [*honest[:place], lie, *honest[place + 1 :]])
+        for code, told in (("log_inconsistent", lies), ("log_refused", elsewhere))
+        for lie in told
+    ]
+    answers += [("log_inconsistent", []), ("log_inconsistent", [*honest, used])]
+    answers += [("log_refused", honest[1:]), ("log_refused", honest[:1] + honest[2:])]
     tiles = Tiles(realm.state, realm.service.log)
 
     def fetch(path: str, _: int) -> bytes:
         return tiles.answer(path).body
 
-    answers += [[], honest[1:], [*honest, used], honest[:1] + honest[2:]]
-    for answer in answers:
+    for code, answer in answers:
         got: list[int] = []
 
         def ask(request: EntriesRequest, answer: Told = answer) -> Entries:
@@ -114,9 +121,22 @@ def test_a_service_that_tells_its_owner_something_else_is_seen(realm: Any, mine:
 
         with pytest.raises(LogRefused) as refused:
             got.extend(one.index for one in entries.read(ask, fetch, mine.certificate, 0))
-        assert refused.value.code == "log_inconsistent"
+        assert refused.value.code == code
         # Nothing false was told before it was noticed.
         assert len(got) <= place
+
+
+def test_a_file_of_the_log_that_was_changed_on_the_way_is_no_lie_of_the_service(
+    realm: Any, mine: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = Tiles(realm.state, realm.service.log)
+
+    def changed(_: str, path: str, most: int) -> bytes:
+        body = tiles.answer(path.removeprefix("/log/")).body
+        return body if path.endswith("checkpoint") else bytes([body[0] ^ 1]) + body[1:]
+
+    monkeypatch.setattr(owner, "fetch", changed)
+    assert realm.code(lambda: list(mine.entries())) == "log_refused"
 
 
 @pytest.mark.threat("LOG-24")

@@ -118,7 +118,7 @@ def register(file: str, key: str, service: str, lineage: str) -> None:
 def log(start: int, kinds: tuple[str, ...], as_json: bool, key: str, service: str, lineage: str) -> None:
     """Show the log with what others see only a hash of: who used what, when, and what was refused.
 
-    Every entry is looked for in the public log; a service that tells something else ends with log_inconsistent.
+    Every entry is looked for in the public log. What is not there, or is told otherwise, is not shown.
     """
     for entry in _owner(key, service, lineage).entries(start):
         if kinds and not any(kind in (entry.kind, entry.kind.rpartition(" ")[2]) for kind in kinds):
