@@ -172,7 +172,8 @@ def test_a_signal_that_comes_while_handlers_are_taken_away_says_nothing(monkeypa
         sys.unraisablehook(OSError(f"Signal {number} ignored due to race condition"))  # type: ignore[arg-type]
         return real(number, handler)
 
-    before = end_once(signal.SIGTERM, signal.SIGHUP, status=lambda number: 128 + number)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    end_once(*before, status=lambda number: 128 + number)
     try:
         monkeypatch.setattr(signal, "signal", take_away)
         with pytest.raises(SystemExit) as ended:

@@ -8,21 +8,20 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 
-def end_once(*numbers: int, status: Callable[[int], int] = lambda _: 0) -> dict[int, Any]:
+def end_once(*numbers: int, status: Callable[[int], int] = lambda _: 0) -> None:
     """Let the first of these signals raise SystemExit, with this status for its number; the others change nothing.
 
     An exception, so that everything is closed. A second signal would interrupt that; and while Python itself ends,
     which takes it a tenth of a second, it has no handlers any more, so that a process that has closed everything
     would be seen as killed. A supervisor that signals a whole group, and a program that asks twice, do send two.
-
-    Answers the handlers that were there, by number.
     """
 
     def end(number: int, _: Any) -> NoReturn:
         ignore(*numbers)
         raise SystemExit(status(number))
 
-    return {number: signal.signal(number, end) for number in numbers}
+    for number in numbers:
+        signal.signal(number, end)
 
 
 def ignore(*numbers: int) -> None:

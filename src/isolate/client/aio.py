@@ -124,10 +124,11 @@ class AsyncHandle(Held):
     @bare_async
     async def receipt(self, use: bytes | None = None) -> UseReceipt:
         """The service's receipt for a use that was settled, as ``Handle.receipt``."""
+        wanted = self._wanted(use)
         found = await asyncio.to_thread(certificate, self._file.service, self._owner, self._file.lineage)
-        request = self._receipt_request(found, use)
+        request = self._receipt_request(found, wanted)
         answer = await asyncio.to_thread(ask, self._file.service, "receipt", request, UseReceipt, found.release_key)
-        return self._checked(answer, request, found)
+        return self._checked(answer, wanted, found)
 
     async def close(self) -> None:
         """End the channel. A later use opens another."""

@@ -132,10 +132,11 @@ class Handle(Held):
         Raises CapabilityRefused (``not_settled``: it stays spent; ``unknown_reservation``: also for what was spent
         from a lease), LogRefused, ServiceUnavailable, UsageError.
         """
+        wanted = self._wanted(use)
         found = certificate(self._file.service, self._owner, self._file.lineage)
-        request = self._receipt_request(found, use)
+        request = self._receipt_request(found, wanted)
         answer = ask(self._file.service, "receipt", request, UseReceipt, found.release_key)
-        return self._checked(answer, request, found)
+        return self._checked(answer, wanted, found)
 
     def close(self) -> None:
         """End the channel. A later use opens another."""

@@ -204,18 +204,21 @@ class Held(NotCopied):
     def _budget_request(self, found: ServiceCertificate) -> Signed:
         return self._signed(BudgetRequest(self._token.encode()), found)
 
-    def _receipt_request(self, found: ServiceCertificate, use: bytes | None) -> Signed:
+    def _wanted(self, use: bytes | None) -> bytes:
         wanted = self._last if use is None else use
         if type(wanted) is not bytes or len(wanted) != 32:
             raise UsageError("which use?", hint="one was made through this object, or its id is 32 bytes")
-        return self._signed(ReceiptRequest(wanted), found)
+        return wanted
+
+    def _receipt_request(self, found: ServiceCertificate, use: bytes) -> Signed:
+        return self._signed(ReceiptRequest(use), found)
 
     def _signed(self, body: Message, found: ServiceCertificate) -> Signed:
         return Signed.make(Purpose.HOLDER_REQUEST, self._signer, body.encode(), os.urandom(32), found.audience)
 
-    def _checked(self, receipt: UseReceipt, request: Signed, found: ServiceCertificate) -> UseReceipt:
-        use = receipt.check(found.release_key).invocation
-        if (use, receipt.about["asset"]) != (ReceiptRequest.parse(request.body).invocation, self._token.asset):
+    def _checked(self, receipt: UseReceipt, use: bytes, found: ServiceCertificate) -> UseReceipt:
+        said = receipt.check(found.release_key)
+        if (said.invocation, receipt.about["asset"]) != (use, self._token.asset):
             raise LogRefused("this receipt is for another use")
         return receipt
 
